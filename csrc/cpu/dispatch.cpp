@@ -1,0 +1,76 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstring>
+
+#if defined(VITOK_HAVE_AVX2)
+#include <cpuid.h>
+#endif
+
+namespace vitok {
+namespace {
+
+bool always() { return true; }
+
+#if defined(VITOK_HAVE_AVX2)
+// Not every compiler's __builtin_cpu_supports knows the half-precision conversions.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+#endif
+#if defined(VITOK_HAVE_AVX512)
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+#if defined(VITOK_HAVE_AVX512_BF16)
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+const CpuLevel levels[] = {
+    {"baseline", always, baseline::tubelet_gather},
+#if defined(VITOK_HAVE_AVX2)
+    {"avx2", has_avx2, avx2::tubelet_gather},
+#endif
+#if defined(VITOK_HAVE_AVX512)
+    {"avx512", has_avx512, avx512::tubelet_gather},
+#endif
+#if defined(VITOK_HAVE_AVX512_BF16)
+    {"avx512_bf16", has_avx512_bf16, avx512_bf16::tubelet_gather},
+#endif
+};
+
+const CpuLevel* best() {
+    const CpuLevel* chosen = levels;
+    for (const CpuLevel& level : levels)
+        if (level.supported()) chosen = &level;
+    return chosen;
+}
+
+std::atomic<const CpuLevel*>& active() {
+    static std::atomic<const CpuLevel*> level{best()};
+    return level;
+}
+
+}  // namespace
+
+int cpu_level_count() { return static_cast<int>(sizeof levels / sizeof *levels); }
+
+const CpuLevel& cpu_level(int index) { return levels[index]; }
+
+const CpuLevel& active_cpu_level() { return *active().load(std::memory_order_relaxed); }
+
+bool select_cpu_level(const char* name) {
+    for (const CpuLevel& level : levels) {
+        if (std::strcmp(level.name, name) == 0 && level.supported()) {
+            active().store(&level, std::memory_order_relaxed);
+            return true;
+        }
+    }
+    return false;
+}
+
+}  // namespace vitok

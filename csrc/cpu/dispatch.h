@@ -1,0 +1,36 @@
+// Which copy of the CPU kernels runs: one per instruction set level, chosen at run time.
+#pragma once
+
+#include "../common/tubelet_gather.h"
+
+namespace vitok {
+
+#define VITOK_DECLARE_LEVEL(level)                    \
+    namespace level {                                 \
+    void tubelet_gather(const TubeletGather& gather); \
+    }
+
+VITOK_DECLARE_LEVEL(baseline)
+VITOK_DECLARE_LEVEL(avx2)
+VITOK_DECLARE_LEVEL(avx512)
+VITOK_DECLARE_LEVEL(avx512_bf16)
+
+#undef VITOK_DECLARE_LEVEL
+
+struct CpuLevel {
+    const char* name;
+    bool (*supported)();  // by this machine
+    void (*tubelet_gather)(const TubeletGather&);
+};
+
+// Every compiled level, lowest first.
+int cpu_level_count();
+const CpuLevel& cpu_level(int index);
+
+// The level in use: the highest that the machine supports unless one was selected.
+const CpuLevel& active_cpu_level();
+
+// False, with nothing changed, when the build or the machine lacks the level.
+bool select_cpu_level(const char* name);
+
+}  // namespace vitok

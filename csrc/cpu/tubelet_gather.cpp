@@ -1,0 +1,135 @@
+// The gather of common/tubelet_gather.h on the CPU. Compiled once per instruction set, in the namespace VITOK_ISA; no
+// standard library templates in here, because their inline copies would leak across instruction sets.
+#include "../common/tubelet_gather.h"
+#include "dispatch.h"
+#include "lanes.h"
+
+namespace vitok {
+namespace VITOK_ISA {
+namespace {
+
+// A work item is one token row's stretch of about this many pixels. Its patch rows (3 bytes a pixel in, 1.5 KB a 16 x 16
+// token out in bf16) stay in the first-level cache while its p source rows are scattered into them.
+constexpr int64_t kStretch = 256;
+
+// Below this many elements the fork costs more than the threads save.
+constexpr int64_t kParallelElements = 1 << 15;
+
+template <class S, class D, class F>
+VITOK_INLINE void convert_scalar(const S* from, D* to, int64_t n, F scale, F shift) {
+    for (int64_t e = 0; e < n; ++e) narrow(normalise(widen(from[e]), scale, shift), to[e]);
+}
+
+VITOK_INLINE void convert(const double* from, double* to, int64_t n, double scale, double shift) {
+    convert_scalar(from, to, n, scale, shift);
+}
+
+// n elements; the last vector overlaps the one before it instead of leaving a scalar remainder.
+template <class S, class D>
+VITOK_INLINE void convert(const S* from, D* to, int64_t n, float scale, float shift) {
+#if defined(__AVX2__)
+    if (n >= kLanes) {
+        const Lanes scales = lanes_set(scale), shifts = lanes_set(shift);
+        int64_t e = 0;
+        for (; e + kLanes <= n; e += kLanes)
+            lanes_store(to + e, lanes_normalise(lanes_load(from + e), scales, shifts));
+        if (e < n) {
+            e = n - kLanes;
+            lanes_store(to + e, lanes_normalise(lanes_load(from + e), scales, shifts));
+        }
+        return;
+    }
+#endif
+    convert_scalar(from, to, n, scale, shift);
+}
+
+// count pixels of one row, interleaved as r g b r g b ...
+template <class S>
+VITOK_INLINE void interleave(const S* from, int64_t stride_x, int64_t stride_c, S* __restrict to, int64_t count) {
+    if (stride_x == 1) {  // three planes: this form is vectorised
+        const S* __restrict red = from;
+        const S* __restrict green = from + stride_c;
+        const S* __restrict blue = from + 2 * stride_c;
+        for (int64_t x = 0; x < count; ++x) {
+            to[3 * x] = red[x];
+            to[3 * x + 1] = green[x];
+            to[3 * x + 2] = blue[x];
+        }
+    } else {
+        for (int64_t x = 0; x < count; ++x)
+            for (int64_t ch = 0; ch < 3; ++ch) to[3 * x + ch] = from[x * stride_x + ch * stride_c];
+    }
+}
+
+template <class S, class D, class F>
+void gather(const TubeletGather& g) {
+    const F scale = static_cast<F>(g.scale), shift = static_cast<F>(g.shift);
+    const int64_t p = g.p, q = g.q, run = 3 * p, token = q * p * run;
+    const int64_t rows_t = ceil_div(g.frames, q), rows_y = ceil_div(g.height, p), columns = ceil_div(g.width, p);
+    const int64_t stretch = p < kStretch ? kStretch / p : 1;  // tokens
+    const int64_t stretches = ceil_div(columns, stretch);
+    const int64_t items = g.batch * rows_t * rows_y * stretches;
+    const bool interleaved = g.stride_c == 1 && (g.stride_x == 3 || g.width == 1);
+    const S* const source = static_cast<const S*>(g.source);
+    D* const target = static_cast<D*>(g.target);
+    D zero;
+    narrow(F(0), zero);
+    [[maybe_unused]] const bool parallel = items > 1 && items * stretch * token >= kParallelElements;
+
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(static) if (parallel)
+#endif
+    for (int64_t item = 0; item < items; ++item) {
+        const int64_t first = item % stretches * stretch;  // first token of the stretch
+        const int64_t last = first + stretch < columns ? first + stretch : columns;
+        const int64_t token_row = item / stretches;
+        const int64_t ly = token_row % rows_y, lt = token_row / rows_y % rows_t, b = token_row / rows_y / rows_t;
+        const int64_t x0 = first * p;
+        const int64_t pixels = (last * p < g.width ? last * p : g.width) - x0;
+        const int64_t whole = pixels / p, rest = pixels % p;  // complete tokens, and pixels of the one cut by the edge
+        D* const out = target + (token_row * columns + first) * token;
+        S buffer[3 * kMaxPatch];
+        static_assert(kStretch <= kMaxPatch, "the buffer holds one row of a stretch");
+
+        for (int64_t ij = 0; ij < q * p; ++ij) {
+            const int64_t t = lt * q + ij / p, y = ly * p + ij % p;
+            D* to = out + ij * run;
+            if (g.pad_zero && (t >= g.frames || y >= g.height)) {
+                for (int64_t lx = first; lx < last; ++lx, to += token)
+                    for (int64_t e = 0; e < run; ++e) to[e] = zero;
+                continue;
+            }
+            const S* row = source + b * g.stride_b + clamp_edge(t, g.frames) * g.stride_t +
+                           clamp_edge(y, g.height) * g.stride_y + x0 * g.stride_x;
+            if (!interleaved) {
+                interleave(row, g.stride_x, g.stride_c, buffer, pixels);
+                row = buffer;
+            }
+            for (int64_t lx = 0; lx < whole; ++lx, to += token, row += run) convert(row, to, run, scale, shift);
+            if (rest) {
+                convert(row, to, 3 * rest, scale, shift);
+                for (int64_t e = 3 * rest; e < run; ++e) to[e] = g.pad_zero ? zero : to[e - 3];
+            }
+        }
+    }
+}
+
+template <class T>
+struct ComputeType {
+    using type = float;
+};
+template <>
+struct ComputeType<double> {
+    using type = double;
+};
+
+}  // namespace
+
+void tubelet_gather(const TubeletGather& g) {
+    with_dtypes(g.source_dtype, g.target_dtype, [&](auto source, auto target) {
+        gather<decltype(source), decltype(target), typename ComputeType<decltype(target)>::type>(g);
+    });
+}
+
+}  // namespace VITOK_ISA
+}  // namespace vitok

@@ -1,0 +1,166 @@
+// The gather of common/tubelet_gather.h on CUDA. It moves bytes and little else, so what counts is that a warp writes one
+// contiguous stretch (16 bytes a lane for patch edges that are multiples of 8) and that index arithmetic stays cheap: the
+// patch edge is a compile-time constant for 8 and 16, and 64-bit numbers appear only in addresses.
+#include "tubelet_gather.h"
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace vitok {
+namespace {
+
+constexpr int kThreads = 256;
+
+// Elements one thread makes where runs of 3p elements divide into such vectors: 16 bytes of a 16-bit type.
+constexpr int kVector = 8;
+
+template <class S, class F>
+struct Args {
+    const S* __restrict__ source;
+    int64_t stride_b, stride_t, stride_y, stride_x, stride_c;
+    int64_t frames, height;
+    int32_t width;
+    int32_t rows_t, rows_y, row_vectors;  // token rows in time and height; vectors in one token row
+    int32_t q, p;
+    bool pad_zero;
+    bool wide_loads;  // rows are interleaved and every vector in them is aligned to its size
+    F scale, shift;
+};
+
+template <class S, class D, class F, int P, int V>
+__global__ void __launch_bounds__(kThreads) tubelet_gather_kernel(const Args<S, F> a, D* __restrict__ target) {
+    const int32_t p = P ? P : a.p;
+    const int32_t run = 3 * p / V;  // vectors in one patch row
+
+    const uint32_t token_row = blockIdx.x;  // (b, lt, ly)
+    const uint32_t ly = token_row % a.rows_y;
+    const uint32_t lt = token_row / a.rows_y % a.rows_t;
+    const uint32_t b = token_row / a.rows_y / a.rows_t;
+    const S* const frame_zero = a.source + b * a.stride_b;
+
+    for (uint32_t v = blockIdx.y * kThreads + threadIdx.x; v < static_cast<uint32_t>(a.row_vectors); v += gridDim.y * kThreads) {
+        const uint32_t patch = v / (run * p);  // lx * q + i: one p x p square of one frame
+        const uint32_t within = v % (run * p);
+        const int32_t lx = patch / a.q, i = patch % a.q;
+        const int32_t j = within / run, e = within % run * V;  // first element of the vector within its patch row
+        const int64_t t = static_cast<int64_t>(lt) * a.q + i, y = static_cast<int64_t>(ly) * p + j;
+        const bool outside = t >= a.frames || y >= a.height;
+        const S* const row = frame_zero + clamp_edge(t, a.frames) * a.stride_t + clamp_edge(y, a.height) * a.stride_y;
+        const int32_t last_x = lx * p + (e + V - 1) / 3;
+
+        S in[V];
+        bool zero[V];
+        if (V > 1 && a.wide_loads && last_x < a.width) {
+            // The alignment that a vector of V elements of S has in memory: 8 or 16 bytes.
+            struct alignas(V * sizeof(S) < 16 ? V * sizeof(S) : 16) Wide {
+                S element[V];
+            };
+            const Wide wide = *reinterpret_cast<const Wide*>(row + static_cast<int64_t>(lx) * p * 3 + e);
+#pragma unroll
+            for (int n = 0; n < V; ++n) {
+                in[n] = wide.element[n];
+                zero[n] = a.pad_zero && outside;
+            }
+        } else {
+#pragma unroll
+            for (int n = 0; n < V; ++n) {
+                const int32_t x = lx * p + (e + n) / 3;
+                in[n] = row[clamp_edge(x, a.width) * a.stride_x + (e + n) % 3 * a.stride_c];
+                zero[n] = a.pad_zero && (outside || x >= a.width);
+            }
+        }
+
+        struct alignas(V * sizeof(D) < 16 ? V * sizeof(D) : 16) Out {
+            D element[V];
+        } out;
+#pragma unroll
+        for (int n = 0; n < V; ++n) narrow(zero[n] ? F(0) : normalise(widen(in[n]), a.scale, a.shift), out.element[n]);
+        *reinterpret_cast<Out*>(target + (static_cast<int64_t>(token_row) * a.row_vectors + v) * V) = out;
+    }
+}
+
+void check(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // a refused launch must not be reported again by an unrelated later call
+    throw std::runtime_error(std::string("tubelet_gather: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// Makes the device that owns a pointer current; several devices may be in use and the stream may be a default one.
+class DeviceGuard {
+   public:
+    explicit DeviceGuard(const void* pointer) {
+        check(cudaGetDevice(&before_), "no CUDA device");
+        cudaPointerAttributes attributes;
+        check(cudaPointerGetAttributes(&attributes, pointer), "target is not a CUDA pointer");
+        if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged)
+            throw std::runtime_error("tubelet_gather: target is not in device memory");
+        changed_ = attributes.device != before_;
+        if (changed_) check(cudaSetDevice(attributes.device), "cannot select the device");
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(before_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+   private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
+template <class S, class D, class F, int P, int V>
+void launch(const TubeletGather& g, cudaStream_t stream) {
+    const int64_t rows_t = ceil_div(g.frames, g.q), rows_y = ceil_div(g.height, g.p), columns = ceil_div(g.width, g.p);
+    const int64_t token_rows = g.batch * rows_t * rows_y;
+    const int64_t row_vectors = columns * g.q * g.p * g.p * 3 / V;
+    if (token_rows > INT32_MAX || row_vectors > INT32_MAX - (1 << 24) || g.width > INT32_MAX - kMaxPatch)
+        throw std::runtime_error("tubelet_gather: more than 2^31 token rows, or a token row too large for one launch");
+
+    const int64_t bytes = V * sizeof(S) < 16 ? V * sizeof(S) : 16;
+    const auto aligned = [&](int64_t stride) { return stride * static_cast<int64_t>(sizeof(S)) % bytes == 0; };
+    const bool interleaved = g.stride_c == 1 && (g.stride_x == 3 || g.width == 1);
+
+    Args<S, F> a;
+    a.source = static_cast<const S*>(g.source);
+    a.stride_b = g.stride_b, a.stride_t = g.stride_t, a.stride_y = g.stride_y, a.stride_x = g.stride_x, a.stride_c = g.stride_c;
+    a.frames = g.frames, a.height = g.height, a.width = static_cast<int32_t>(g.width);
+    a.rows_t = static_cast<int32_t>(rows_t), a.rows_y = static_cast<int32_t>(rows_y);
+    a.row_vectors = static_cast<int32_t>(row_vectors);
+    a.q = static_cast<int32_t>(g.q), a.p = static_cast<int32_t>(g.p);
+    a.pad_zero = g.pad_zero;
+    a.wide_loads = interleaved && reinterpret_cast<uintptr_t>(g.source) % bytes == 0 && aligned(g.stride_b) &&
+                   aligned(g.stride_t) && aligned(g.stride_y);
+    a.scale = static_cast<F>(g.scale), a.shift = static_cast<F>(g.shift);
+
+    const int64_t blocks = ceil_div(row_vectors, kThreads);
+    const dim3 grid(static_cast<unsigned>(token_rows), static_cast<unsigned>(blocks < 65535 ? blocks : 65535));
+    tubelet_gather_kernel<S, D, F, P, V><<<grid, kThreads, 0, stream>>>(a, static_cast<D*>(g.target));
+    check(cudaGetLastError(), "launch failed");
+}
+
+template <class S, class D>
+void launch_for_patch(const TubeletGather& g, cudaStream_t stream) {
+    if constexpr (std::is_same_v<D, double>) {
+        launch<double, double, double, 0, 1>(g, stream);  // exists for gradient checks; speed does not matter
+    } else {
+        const bool vectors = g.p % 8 == 0 && reinterpret_cast<uintptr_t>(g.target) % 16 == 0;
+        if (vectors && g.p == 8) return launch<S, D, float, 8, kVector>(g, stream);
+        if (vectors && g.p == 16) return launch<S, D, float, 16, kVector>(g, stream);
+        if (vectors) return launch<S, D, float, 0, kVector>(g, stream);
+        launch<S, D, float, 0, 1>(g, stream);
+    }
+}
+
+}  // namespace
+
+void tubelet_gather_cuda(const TubeletGather& gather, void* stream) {
+    const DeviceGuard guard(gather.target);
+    with_dtypes(gather.source_dtype, gather.target_dtype, [&](auto source, auto target) {
+        launch_for_patch<decltype(source), decltype(target)>(gather, static_cast<cudaStream_t>(stream));
+    });
+}
+
+}  // namespace vitok

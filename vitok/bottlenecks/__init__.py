@@ -1,0 +1,9 @@
+"""Latent distributions, one file each; `BOTTLENECKS` maps the config's `bottleneck` to its module."""
+
+from vitok.bottlenecks.gaussian import GaussianBottleneck, GaussianPosterior
+from vitok.bottlenecks.layernorm import LayerNormBottleneck, PointPosterior
+
+Posterior = GaussianPosterior | PointPosterior
+BOTTLENECKS = {"gaussian": GaussianBottleneck, "layernorm": LayerNormBottleneck}
+
+__all__ = ["BOTTLENECKS", "GaussianBottleneck", "GaussianPosterior", "LayerNormBottleneck", "PointPosterior", "Posterior"]

@@ -1,0 +1,49 @@
+"""PSNR and SSIM of uint8 pictures, data range 255."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitok.errors import InputError
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Model output in [-1, 1], any shape, clamped and rounded to uint8 0..255."""
+    return pixels.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 tensors of one shape; infinite when they are equal."""
+    _check(a, b)
+    mse = (a.double() - b.double()).square().mean()
+    return float(10 * torch.log10(255.0**2 / mse))
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Structural similarity of two uint8 pictures [H, W, 3], or the mean over frames [T, H, W, 3].
+
+    Wang et al., IEEE TIP 13(4), 2004: Gaussian window 11 x 11 with sigma 1.5, K1 0.01, K2 0.03, valid positions only, mean
+    over colours. Sides shorter than 11 use a window of that length.
+    """
+    _check(a, b)
+    x, y = (t.double().reshape(-1, *t.shape[-3:]).movedim(-1, 1).flatten(0, 1)[:, None] for t in (a, b))
+
+    def blur(t: Tensor) -> Tensor:
+        for dim in (2, 3):
+            n = min(11, t.shape[dim])
+            window = torch.exp(-((torch.arange(n, dtype=torch.float64) - (n - 1) / 2) ** 2) / (2 * 1.5**2))
+            t = F.conv2d(t, (window / window.sum()).view((1, 1, n, 1) if dim == 2 else (1, 1, 1, n)))
+        return t
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    cov = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return float((((2 * mean_x * mean_y + c1) * (2 * cov + c2)) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean())
+
+
+def _check(a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape or a.dtype != torch.uint8 or b.dtype != torch.uint8:
+        raise InputError(f"expected two uint8 tensors of one shape, got {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}")

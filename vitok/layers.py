@@ -1,0 +1,139 @@
+"""The parts of a ViTok: each a few lines over `vitok.ops`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitok import ops
+from vitok.config import StackConfig, ViTokConfig
+from vitok.positions import coordinates, rope_table, sincos_table
+
+
+class TubeletEmbed(nn.Module):
+    """Pixels [B, T, H, W, 3] to tokens [B, L, width]."""
+
+    def __init__(self, config: ViTokConfig) -> None:
+        super().__init__()
+        self.tubelet, self.pad = config.tubelet, config.pad
+        self.weight = nn.Parameter(torch.empty(config.encoder_width, config.tubelet_elements))
+        self.bias = nn.Parameter(torch.empty(config.encoder_width))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return ops.tubelet_embed(pixels, self.weight, self.bias, tubelet=self.tubelet, pad=self.pad)
+
+
+class TubeletUnembed(nn.Module):
+    """Tokens [B, L, width] to pixels [B, 3, T, H, W]."""
+
+    def __init__(self, config: ViTokConfig) -> None:
+        super().__init__()
+        self.tubelet = config.tubelet
+        self.weight = nn.Parameter(torch.empty(config.tubelet_elements, config.decoder_width))
+        self.bias = nn.Parameter(torch.empty(3 if config.pixel_bias == "channel" else config.tubelet_elements))
+
+    def forward(self, tokens: Tensor, size: tuple[int, int, int]) -> Tensor:
+        return ops.tubelet_unembed(tokens, self.weight, self.bias, tubelet=self.tubelet, size=size)
+
+
+class Norm(nn.Module):
+    """Layer norm (weight and bias) or RMS norm (weight)."""
+
+    def __init__(self, width: int, kind: str, eps: float) -> None:
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if kind == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; rows of `qkv` are ordered q | k | v, each heads x head_dim."""
+
+    def __init__(self, config: ViTokConfig, stack: StackConfig) -> None:
+        super().__init__()
+        self.heads, self.eps = stack.heads, config.norm_eps
+        self.qkv = nn.Linear(stack.width, 3 * stack.width, bias=config.qkv_bias)
+        self.proj = nn.Linear(stack.width, stack.width, bias=config.proj_bias)
+        self.q_norm = nn.Parameter(torch.ones(stack.head_dim)) if config.qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(stack.head_dim)) if config.qk_norm else None
+
+    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        qkv = ops.qk_norm_rope(qkv, self.q_norm, self.k_norm, rope, eps=self.eps)
+        return self.proj(ops.attention(qkv).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward; rows of `gate_up` are ordered gate | up."""
+
+    def __init__(self, config: ViTokConfig, stack: StackConfig) -> None:
+        super().__init__()
+        self.gate = config.gate
+        self.gate_up = nn.Linear(stack.width, 2 * stack.hidden, bias=config.mlp_bias)
+        self.down = nn.Linear(stack.hidden, stack.width, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(ops.gated_mlp_act(self.gate_up(x), gate=self.gate))
+
+
+class SerialBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ViTokConfig, stack: StackConfig) -> None:
+        super().__init__()
+        self.attention_norm = Norm(stack.width, config.norm, config.norm_eps)
+        self.attention = Attention(config, stack)
+        self.attention_scale = _layer_scale(config, stack)
+        self.feed_forward_norm = Norm(stack.width, config.norm, config.norm_eps)
+        self.feed_forward = FeedForward(config, stack)
+        self.feed_forward_scale = _layer_scale(config, stack)
+
+    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
+        x = x + _scaled(self.attention(self.attention_norm(x), rope), self.attention_scale)
+        return x + _scaled(self.feed_forward(self.feed_forward_norm(x)), self.feed_forward_scale)
+
+
+class ParallelBlock(nn.Module):
+    """x + attention(norm(x)) + feed_forward(norm(x)), one norm for both (arXiv:2302.05442)."""
+
+    def __init__(self, config: ViTokConfig, stack: StackConfig) -> None:
+        super().__init__()
+        self.norm = Norm(stack.width, config.norm, config.norm_eps)
+        self.attention = Attention(config, stack)
+        self.feed_forward = FeedForward(config, stack)
+        self.scale = _layer_scale(config, stack)
+
+    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
+        h = self.norm(x)
+        return x + _scaled(self.attention(h, rope) + self.feed_forward(h), self.scale)
+
+
+class Stack(nn.Module):
+    """Transformer blocks with their positions and final norm: tokens [B, L, width] of a (t, h, w) grid to the same shape."""
+
+    def __init__(self, config: ViTokConfig, stack: StackConfig) -> None:
+        super().__init__()
+        self.config, self.stack = config, stack
+        block = SerialBlock if config.block == "serial" else ParallelBlock
+        self.blocks = nn.ModuleList(block(config, stack) for _ in range(stack.depth))
+        self.norm = Norm(stack.width, config.norm, config.norm_eps) if config.final_norm else nn.Identity()
+
+    def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        coords = coordinates(grid, x.device)
+        rope = rope_table(coords, grid, self.stack.head_dim, self.config.rope, self.config.rope_theta)
+        if self.config.absolute == "sincos":
+            x = x + sincos_table(coords, self.stack.width).to(x.dtype)
+        for block in self.blocks:
+            x = block(x, rope)
+        return self.norm(x)
+
+
+def _layer_scale(config: ViTokConfig, stack: StackConfig) -> nn.Parameter | None:
+    return None if config.layer_scale is None else nn.Parameter(torch.full((stack.width,), float(config.layer_scale)))
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else x * gamma

@@ -1,0 +1,163 @@
+"""ViTok: pixels -> tubelet tokens -> encoder -> bottleneck -> latents -> decoder -> pixels (arXiv:2501.09755)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vitok.bottlenecks import BOTTLENECKS, Posterior
+from vitok.config import ViTokConfig
+from vitok.errors import InputError
+from vitok.layers import Stack, TubeletEmbed, TubeletUnembed
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ViTokConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = TubeletEmbed(config)
+        self.stack = Stack(config, config.encoder)
+        self.bottleneck = BOTTLENECKS[config.bottleneck](config.encoder_width, config.channels)
+
+    def forward(self, clip: Tensor, image: bool = False) -> Posterior:
+        """Pixels [B, T, H, W, 3] to the posterior; `image` leaves the time axis out of its shapes."""
+        grid = self.config.grid(*clip.shape[1:4])
+        tokens = self.stack(self.embed(clip), grid)
+        return self.bottleneck(tokens, grid[1:] if image else grid)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ViTokConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.from_latents = nn.Linear(config.channels, config.decoder_width)
+        self.stack = Stack(config, config.decoder)
+        self.unembed = TubeletUnembed(config)
+
+    def forward(self, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
+        """Latents [B, c, t, h, w] to pixels [B, 3, T, H, W] for size (T, H, W)."""
+        tokens = self.from_latents(latents.flatten(2).transpose(1, 2))
+        return self.unembed(self.stack(tokens, tuple(latents.shape[2:])), size)
+
+
+class ViTok(nn.Module):
+    """A visual tokenizer: `encode` pixels to a posterior over latents, `decode` latents to pixels.
+
+    Pixels: [B, 3, H, W] or [B, H, W, 3] pictures, [B, 3, T, H, W] or [B, T, H, W, 3] clips; uint8 0..255 or float in
+    [-1, 1]; any H, W and T. Latents: [B, c, h, w] for pictures, [B, c, t, h, w] for clips, h = ceil(H / p) and so on.
+    """
+
+    def __init__(self, config: ViTokConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.reset_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.embed.weight.dtype
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform matrices, zero biases; norms and LayerScale keep the values they are made with."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, TubeletEmbed, TubeletUnembed)):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def encode(self, pixels: Tensor, *, layout: str = "auto") -> Posterior:
+        """Encode pictures or clips.
+
+        Args:
+            pixels: as in the class docstring. Floats on the CPU are checked for range and NaN.
+            layout: "channels_first", "channels_last" or "auto", which looks for the dimension of size 3 and raises
+                InputError where both could be meant.
+
+        Returns: a posterior with .mean, .logvar, .mode(), .sample(seed=...) and .kl().
+        Raises InputError for a wrong rank, channel count, dtype or range.
+        """
+        clip, image = as_clip(pixels, layout)
+        check_range(clip)
+        if clip.is_floating_point():
+            clip = clip.to(self.dtype)
+        return self.encoder(clip.to(self.device), image)
+
+    def decode(self, latents: Tensor, *, size: tuple[int, ...] | None = None) -> Tensor:
+        """Decode latents to pixels in (about) [-1, 1], [B, 3, H, W] or [B, 3, T, H, W], in the model's dtype, not clamped.
+
+        Args:
+            latents: [B, c, h, w] or [B, c, t, h, w].
+            size: (H, W) or (T, H, W) to crop to, by default everything the latents cover.
+
+        Raises InputError when the latents' shape is not this model's or the size does not fit them.
+        """
+        channels = self.config.channels
+        if latents.dim() not in (4, 5) or latents.shape[1] != channels or not latents.is_floating_point():
+            raise InputError(
+                f"latents of {self.config.name} must be floating point [B, {channels}, h, w] or [B, {channels}, t, h, w], "
+                f"got {latents.dtype} {list(latents.shape)}"
+            )
+        image = latents.dim() == 4
+        latents = (latents.unsqueeze(2) if image else latents).to(self.device, self.dtype)
+        covered = tuple(n * step for n, step in zip(latents.shape[2:], (self.config.temporal_patch, *[self.config.patch] * 2), strict=True))
+        frames = 1 if image else covered[0]
+        wanted = covered[1:] if size is None else tuple(size)
+        full = (frames, *wanted) if len(wanted) == 2 else wanted
+        if len(full) != 3 or min(full) < 1 or self.config.grid(*full) != tuple(latents.shape[2:]) or (image and full[0] != 1):
+            raise InputError(f"size {wanted} does not fit latents {list(latents.shape)}, which cover up to {covered} (T, H, W)")
+        pixels = self.decoder(latents, full)
+        return pixels.squeeze(2) if image else pixels
+
+    def forward(self, pixels: Tensor, *, seed: int | None = None, layout: str = "auto") -> tuple[Tensor, Posterior]:
+        """Reconstruction (of a sample while training, of the mode otherwise) and posterior, for losses."""
+        clip, image = as_clip(pixels, layout)
+        posterior = self.encode(clip, layout="channels_last")
+        latents = posterior.sample(seed) if self.training else posterior.mode()
+        reconstruction = self.decode(latents, size=tuple(clip.shape[1:4]))
+        return (reconstruction.squeeze(2) if image else reconstruction), posterior
+
+    def save(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors; `vitok.load(directory)` gives the same model back, bit for bit."""
+        from vitok.checkpoint import save
+
+        save(self, directory)
+
+
+def as_clip(pixels: Tensor, layout: str = "auto") -> tuple[Tensor, bool]:
+    """View pixels of any accepted layout as [B, T, H, W, 3]; the flag says that they were pictures."""
+    if pixels.dim() not in (4, 5):
+        raise InputError(f"pixels must have 4 dimensions (pictures) or 5 (clips), got shape {list(pixels.shape)}")
+    first, last = pixels.shape[1] == 3, pixels.shape[-1] == 3
+    if layout == "auto":
+        if first and last:
+            raise InputError(f"pixels of shape {list(pixels.shape)} may be channels-first or channels-last; say which with layout=")
+        layout = "channels_last" if last else "channels_first"
+    if layout not in ("channels_first", "channels_last"):
+        raise InputError(f"layout must be 'auto', 'channels_first' or 'channels_last', got {layout!r}")
+    if not (first if layout == "channels_first" else last):
+        raise InputError(f"pixels must have 3 colour channels in dimension 1 or the last, got shape {list(pixels.shape)}")
+    if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
+        raise InputError(f"pixels must be uint8 or floating point, got {pixels.dtype}")
+    if 0 in pixels.shape:
+        raise InputError(f"pixels must not be empty, got shape {list(pixels.shape)}")
+    channels_last = pixels if layout == "channels_last" else pixels.movedim(1, -1)
+    return (channels_last.unsqueeze(1) if pixels.dim() == 4 else channels_last), pixels.dim() == 4
+
+
+def check_range(pixels: Tensor) -> None:
+    """Raise InputError for float pixels that cannot be meant for [-1, 1]; only on the CPU, where looking costs no wait.
+
+    The limit is 2, so that a resampling filter may overshoot.
+    """
+    if not pixels.is_floating_point() or pixels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = (bound.item() for bound in pixels.detach().aminmax())
+    if not (low >= -2.0 and high <= 2.0):
+        raise InputError(f"float pixels must be finite and lie in [-1, 1], got values from {low:g} to {high:g}; pass 0..255 as uint8")

@@ -1,0 +1,126 @@
+"""What a training run is, as data: one YAML file, every field with its default and meaning here."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vitok.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Stage 1 of ViTok (arXiv:2501.09755, section 2.3): encoder and decoder, pixel loss + beta KL, no discriminator."""
+
+    data: str
+    """Folder of pictures, searched recursively."""
+    out: str
+    """Directory of the run: `model/` (the averaged weights), `state.safetensors` (to resume from), `log.csv`."""
+    model: str = "S-B/16"
+    """Model name."""
+    preset: str = "paper"
+    """Model preset."""
+    channels: int = 16
+    """Latent channels."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the model's config."""
+    init: str = "random"
+    """"random"; "pca": start as the best linear tokenizer (`vitok.train.init`); or a model directory to go on from."""
+    steps: int = 100_000
+    """Optimizer steps."""
+    batch: int = 32
+    """Pictures a step."""
+    crop: int = 128
+    """Side of the square crops, pixels."""
+    short_side: tuple[int, int] = (256, 512)
+    """A picture's short side is scaled to between these before cropping, log-uniformly, pixels."""
+    groups: str = ""
+    """Regular expression on file names; pictures with the same match form a group, and groups are drawn evenly."""
+    pixel_loss: str = "l2"
+    """"l2" (mean squared error), "l1", or "log_l2" (the mean over pictures of log MSE: PSNR, up to a factor)."""
+    beta: float = 1e-3
+    """Weight of the KL divergence (mean over tokens and channels)."""
+    learning_rate: float = 1e-4
+    """Peak rate; linear warm-up, then cosine to zero."""
+    warmup: int = 500
+    """Steps of warm-up."""
+    weight_decay: float = 1e-4
+    """AdamW's, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm, applied after backward."""
+    ema: float = 0.999
+    """Decay of the averaged weights, which are the ones exported."""
+    precision: str = "auto"
+    """"bf16" (autocast), "fp32", or "auto": bf16 where the hardware multiplies it natively."""
+    seed: int = 0
+    """Everything random follows from it and the step."""
+    workers: int = 1
+    """Processes that prepare batches."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("pixel_loss", ("l2", "l1", "log_l2")), ("precision", ("auto", "bf16", "fp32")),
+        ):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise InputError(f"training field {name!r} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("steps", "batch", "crop", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"training field {name!r} must be at least 1, got {getattr(self, name)}")
+
+    @classmethod
+    def load(cls, path: str | Path, assignments: tuple[str, ...] = ()) -> TrainConfig:
+        """Read a YAML file, then apply ``key=value`` assignments (``overrides.encoder_depth=4`` reaches into a mapping)."""
+        try:
+            import yaml
+        except ImportError as error:
+            raise InputError("training needs PyYAML; install it with: pip install 'vitok[train]'") from error
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"cannot read training config {path}: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise InputError(f"training config {path} must be a mapping of field to value, got {type(values).__name__}")
+        for assignment in assignments:
+            key, equals, text = assignment.partition("=")
+            if not equals:
+                raise InputError(f"expected key=value, got {assignment!r}")
+            *parents, last = key.split(".")
+            target = values
+            for parent in parents:
+                target = target.setdefault(parent, {})
+                if not isinstance(target, dict):
+                    raise InputError(f"training field {parent!r} is no mapping, so {key!r} cannot be set")
+            target[last] = yaml.safe_load(text)
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        if unknown := values.keys() - fields.keys():
+            raise InputError(f"unknown training field(s) {', '.join(sorted(unknown))}; see vitok/train/config.py")
+        if missing := {"data", "out"} - values.keys():
+            raise InputError(f"the training config lacks {', '.join(sorted(missing))}")
+        return cls(**{name: _as_type(name, str(fields[name].type), value) for name, value in values.items()})
+
+
+def _as_type(name: str, kind: str, value: Any) -> Any:
+    """`value` as `kind`; YAML reads 1e-3 as text and sequences as lists."""
+    try:
+        if kind == "float":
+            return float(value)
+        if kind.startswith("tuple"):
+            element = float if "float" in kind else int
+            pair = tuple(element(item) for item in value)
+            if len(pair) == 2:
+                return pair
+        elif isinstance(value, bool) == (kind == "bool") and isinstance(value, {"int": int, "str": str}.get(kind, dict)):
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"training field {name!r} must be {kind}, got {value!r}")

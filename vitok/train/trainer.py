@@ -1,0 +1,209 @@
+"""The training loop: resumable at any step, everything random a function of (seed, step)."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vitok.checkpoint import create_model, load
+from vitok.data.images import ImageCrops
+from vitok.errors import InputError
+from vitok.evaluate.pca import PCA_CROPS, fit_pca
+from vitok.io.files import atomic_path
+from vitok.model import ViTok
+from vitok.ops.tubelet_embed import UINT8_SCALE, UINT8_SHIFT
+from vitok.train.config import TrainConfig
+from vitok.train.init import init_from_pca
+from vitok.train.losses import pixel_loss
+
+STATE, LOG, MODEL = "state.safetensors", "log.csv", "model"
+
+
+class Trainer:
+    """One run: `Trainer(config).run()` trains to the last step, from the run's checkpoint if it has one."""
+
+    def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
+        self.config, self.device = config, torch.device(device)
+        self.out = Path(config.out)
+        self.data = ImageCrops(
+            config.data, batch=config.batch, crop=config.crop, short_side=config.short_side, seed=config.seed, groups=config.groups
+        )
+        torch.manual_seed(config.seed)
+        self.model = create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides).to(self.device)
+        self.average = create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides).to(self.device).eval()
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        vectors = [p for p in self.model.parameters() if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=config.learning_rate, betas=config.betas, fused=True,
+        )  # fmt: skip
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=_use_bf16(config.precision, self.device))
+        self.step = 0
+        if (self.out / STATE).exists():
+            self._resume()
+        else:
+            self._start()
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def run(self, on_step: Callable[[int, dict[str, float]], None] | None = None) -> None:
+        """Train to the last step. A first SIGTERM or Ctrl-C saves a checkpoint and returns; the run can go on later."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with _stop_requests() as stopped:
+            for step, batch in zip(range(self.step, self.config.steps), self._batches(), strict=False):
+                metrics = self.train_step(batch, step)
+                self.step = step + 1
+                last = self.step == self.config.steps or stopped()
+                if on_step:
+                    on_step(self.step, metrics)
+                if last or self.step % self.config.save_every == 0:
+                    self.save(metrics)
+                if last:
+                    break
+
+    def train_step(self, batch: Tensor, step: int) -> dict[str, float]:
+        """One update on uint8 pixels [B, H, W, 3]. Returns the loss, its parts, PSNR of the batch (dB) and the learning rate."""
+        config = self.config
+        self.model.train()
+        batch = batch.to(self.device, non_blocking=True)
+        target = (batch.float() * UINT8_SCALE + UINT8_SHIFT).movedim(-1, 1)
+        with self.autocast:
+            reconstruction, posterior = self.model(batch, seed=(config.seed << 32) + step, layout="channels_last")
+        distance = pixel_loss(reconstruction.float(), target, config.pixel_loss)
+        kl = posterior.kl().float().mean()
+        loss = distance + config.beta * kl
+        rate = learning_rate(config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        if not math.isfinite(norm.item()):
+            raise InputError(f"the gradient is not finite at step {step}; lower learning_rate or check the data")
+        self.optimizer.step()
+        self._update_average(step)
+        mse = (reconstruction.detach().float().clamp(-1, 1) - target).square().flatten(1).mean(1)
+        psnr = (10 * torch.log10(4 / mse.clamp(min=1e-10))).mean()
+        return {"loss": loss.item(), "pixel": distance.item(), "kl": kl.item(), "psnr": psnr.item(), "grad_norm": norm.item(), "lr": rate}
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        decay = min(self.config.ema, (1 + step) / (10 + step))  # short memory at first, so that the start is forgotten
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def save(self, metrics: dict[str, float]) -> None:
+        """Write the averaged model, the state to resume from and a log line."""
+        self.average.save(self.out / MODEL)
+        tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        tensors |= {f"average.{key}": value for key, value in self.average.state_dict().items()}
+        for key, parameter in self.model.named_parameters():
+            tensors |= {f"optimizer.{name}.{key}": value for name, value in self.optimizer.state[parameter].items()}
+        with atomic_path(self.out / STATE) as path:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"step": str(self.step), "run": self._identity()})
+        log = self.out / LOG
+        rows = [row for row in _read_rows(log) if int(row["step"]) < self.step]
+        rows.append({"step": self.step, **{name: f"{value:.6g}" for name, value in metrics.items()}})
+        with atomic_path(log) as path, open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def _start(self) -> None:
+        if self.config.init == "pca":
+            tubelet, width = self.model.config.tubelet, self.model.config.encoder_width
+            fit_on = (self.data[2**32 + i][:, None] for i in range(PCA_CROPS * 256**2 // (self.config.batch * self.config.crop**2) + 1))
+            init_from_pca(self.model, fit_pca(fit_on, tubelet, min(width, self.model.config.tubelet_elements)))
+        elif self.config.init != "random":
+            start = load(self.config.init)
+            if start.config.hash() != self.model.config.hash():
+                raise InputError(f"init {self.config.init!r} holds a model of another configuration than this run's")
+            self.model.load_state_dict(start.state_dict())
+        self.average.load_state_dict(self.model.state_dict())
+
+    def _resume(self) -> None:
+        path = self.out / STATE
+        try:
+            with safe_open(path, "pt", device=str(self.device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot resume: {path} is no readable safetensors file: {error}") from error
+        if metadata.get("run") != self._identity():
+            raise InputError(f"{self.out} holds a run with another configuration; choose another `out` or remove it")
+        self.step = int(metadata["step"])
+        for prefix, module in (("model.", self.model), ("average.", self.average)):
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        for key, parameter in self.model.named_parameters():
+            self.optimizer.state[parameter] = {name: tensors[f"optimizer.{name}.{key}"] for name in ("step", "exp_avg", "exp_avg_sq")}
+
+    def _identity(self) -> str:
+        """What must be equal for a run to go on: everything but how long it is, where it lives and how it is fed."""
+        fields = dataclasses.asdict(self.config)
+        for name in ("data", "out", "steps", "workers", "save_every"):
+            del fields[name]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _batches(self) -> Iterator[Tensor]:
+        steps = range(self.step, self.config.steps)
+        return iter(DataLoader(self.data, batch_size=None, sampler=steps, num_workers=self.config.workers))
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up to the peak, then cosine to zero at the last step."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _use_bf16(precision: str, device: torch.device) -> bool:
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class _stop_requests:
+    """Context in which SIGTERM and SIGINT set a flag, which the value answers, instead of ending the process."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        self.stopped = False
+        self.previous = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self.previous[number] = signal.signal(number, self._stop)
+            except ValueError:  # not the main thread: the caller's signals stay the caller's
+                break
+        return lambda: self.stopped
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self.stopped = True
+        for signal_number, handler in self.previous.items():
+            signal.signal(signal_number, handler)  # a second one ends the process as usual
