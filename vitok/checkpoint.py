@@ -45,9 +45,7 @@ def create_model(
     return model.to(dtype=dtype)
 
 
-def load(
-    model: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> ViTok:
+def load(model: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ViTok:
     """A model with its weights, in evaluation mode: a bundled name ("demo") or a directory written by `ViTok.save`.
 
     Raises InputError when there is no such model, or its files are damaged or do not fit each other.
@@ -70,7 +68,10 @@ def save(model: ViTok, directory: str | Path) -> None:
     except OSError as error:
         raise InputError(f"cannot make the model directory {directory}: {error.strerror}") from error
     with atomic_path(directory / WEIGHTS) as path:
-        save_file(state, path, metadata={"format": "pt"})
+        try:
+            save_file(state, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise InputError(f"cannot write {directory / WEIGHTS}: {error}") from error
     with atomic_path(directory / CONFIG) as path:
         path.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
 
@@ -101,7 +102,10 @@ def model_directory(model: str | Path) -> Path:
         return Path(str(resources.files("vitok") / "weights" / str(model)))
     directory = Path(model)
     if not directory.exists():
-        raise InputError(f"there is no model {str(model)!r}: neither bundled ({', '.join(bundled())}) nor a directory{_suggest(str(model), bundled())}")
+        raise InputError(
+            f"there is no model {str(model)!r}: neither bundled ({', '.join(bundled())}) nor a directory"
+            f"{_suggest(str(model), bundled())}"
+        )
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise InputError(f"{directory} is no model directory: it has no {name}")
@@ -125,8 +129,12 @@ def _read_weights(path: Path, model: ViTok) -> dict[str, torch.Tensor]:
     for problem, keys in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if keys:
             names = sorted(keys)
-            raise InputError(f"{path} {problem} weight(s) {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise InputError(f"{path} {problem} weight(s) {', '.join(names[:3])}{more}")
     for key, value in state.items():
         if value.shape != expected[key].shape or not value.is_floating_point():
-            raise InputError(f"{path}: weight {key} must be floating point {list(expected[key].shape)}, got {value.dtype} {list(value.shape)}")
+            raise InputError(
+                f"{path}: weight {key} must be floating point {list(expected[key].shape)}, "
+                f"got {value.dtype} {list(value.shape)}"
+            )
     return state

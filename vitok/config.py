@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitok.errors import InputError
+from vitok.positions import axis_channels
 
 
 @dataclass(frozen=True)
 class StackConfig:
-    """One transformer stack: `width` channels, `depth` blocks, `heads` heads, `hidden` units in the gated feed-forward."""
+    """One transformer stack: `width` channels, `depth` blocks, `heads` heads, `hidden` gated feed-forward units."""
 
     width: int
     depth: int
@@ -47,8 +48,8 @@ class ViTokConfig:
 
     Sizes: a token covers `temporal_patch` (q) frames of `patch` x `patch` (p) pixels and becomes `channels` (c) floats.
     Switches (see docs/model.md): `norm`, `block`, `gate` and the biases shape a block; `bottleneck` is the latent
-    distribution; `rope` and `absolute` are the positions; `pixel_bias` is one bias for each colour or for each element of
-    a tubelet; `pad` fills sizes that are no multiple of the tubelet; `layer_scale` is the initial gamma or None;
+    distribution; `rope` and `absolute` are the positions; `pixel_bias` is one bias a colour or one an element of a
+    tubelet; `pad` fills sizes that are no multiple of the tubelet; `layer_scale` is the initial gamma or None;
     `clip_frames` is how many frames the weights were trained on at once, and so the chunk in which clips are streamed.
     """
 
@@ -92,17 +93,27 @@ class ViTokConfig:
                 raise InputError(f"config field {field.name!r} must be of type {kind}, got {value!r}")
             if kind == "int" and value < (0 if field.name.endswith("depth") else 1):
                 raise InputError(f"config field {field.name!r} must be positive, got {value}")
+            if wanted == (int, float) and value is not None:
+                if not math.isfinite(value) or (value <= 0 and field.name != "layer_scale"):
+                    raise InputError(f"config field {field.name!r} must be positive and finite, got {value}")
+                object.__setattr__(self, field.name, float(value))  # 1 and 1.0 are one config, with one hash
             if field.name in CHOICES and value not in CHOICES[field.name]:
-                raise InputError(f"config field {field.name!r} must be one of {', '.join(CHOICES[field.name])}, got {value!r}")
+                raise InputError(
+                    f"config field {field.name!r} must be one of {', '.join(CHOICES[field.name])}, got {value!r}"
+                )
         for side in ("encoder", "decoder"):
             stack: StackConfig = getattr(self, side)
             if stack.width % stack.heads or stack.head_dim % 8:
                 raise InputError(
-                    f"{side}_width / {side}_heads must be a multiple of 8 (the size of a head), got {stack.width} / {stack.heads}"
+                    f"{side}_width / {side}_heads must be a multiple of 8 (the size of a head), "
+                    f"got {stack.width} / {stack.heads}"
                 )
+            if self.rope in ("2d", "3d"):
+                axis_channels(self.rope, stack.head_dim)
         if self.clip_frames % self.temporal_patch:
             raise InputError(
-                f"config field 'clip_frames' must be a multiple of temporal_patch {self.temporal_patch}, got {self.clip_frames}"
+                f"config field 'clip_frames' must be a multiple of temporal_patch {self.temporal_patch}, "
+                f"got {self.clip_frames}"
             )
 
     @property
@@ -155,12 +166,15 @@ class ViTokConfig:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
-    def from_name(cls, name: str, *, preset: str = "paper", channels: int | None = None, **overrides: Any) -> ViTokConfig:
+    def from_name(
+        cls, name: str, *, preset: str = "paper", channels: int | None = None, **overrides: Any
+    ) -> ViTokConfig:
         """The config of `<encoder>-<decoder>/[<q>x]<p>[x<c>]` under a preset.
 
-        A stack is a size letter of the preset with optional overrides w<width> d<depth> h<heads> m<hidden factor>, as in
-        ``Ld4-Ld24/1x16x64``. Two numbers after the slash are q x p, so a channel count needs all three (or `channels=`,
-        16 if neither is given). `overrides` are fields of this class. InputError for anything that does not parse.
+        A stack is a size letter of the preset with optional overrides w<width> d<depth> h<heads> m<hidden factor>, as
+        in ``Ld4-Ld24/1x16x64``, or no letter and all of w, d and h, as in ``w512_d4_h8-B/16``. Two numbers after the
+        slash are q x p, so a channel count needs all three (or `channels=`, 16 if neither is given). `overrides` are
+        fields of this class. InputError for anything that does not parse.
         """
         if preset not in PRESETS:
             raise InputError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
@@ -168,7 +182,8 @@ class ViTokConfig:
         match = re.fullmatch(r"([^-/]+)-([^-/]+)/(?:(\d{1,4})x)?(\d{1,4})(?:x(\d{1,5}))?", name)
         if not match or (match[5] and not match[3]):
             raise InputError(
-                f"unknown model {name!r}: a name is <encoder>-<decoder>/[<frames>x]<patch>, such as S-B/16{_suggest(name, COMMON_NAMES)}"
+                f"unknown model {name!r}: a name is <encoder>-<decoder>/[<frames>x]<patch>, such as S-B/16"
+                f"{_suggest(name, COMMON_NAMES)}"
             )
         encoder, decoder = (_parse_stack(text, name, chosen) for text in match.group(1, 2))
         temporal_patch = int(match[3] or 1)
@@ -188,8 +203,9 @@ class ViTokConfig:
         if chosen.absolute_in_time and temporal_patch > 1:
             fields["absolute"] = "sincos"
         for side in ("encoder", "decoder"):
-            if f"{side}_width" in overrides and f"{side}_hidden" not in overrides:
-                overrides[f"{side}_hidden"] = chosen.hidden(overrides[f"{side}_width"], chosen.factor)
+            width = overrides.get(f"{side}_width")
+            if isinstance(width, int) and f"{side}_hidden" not in overrides:
+                overrides[f"{side}_hidden"] = chosen.hidden(width, chosen.factor)
         return cls(**fields).replace(**overrides)
 
 
@@ -249,13 +265,12 @@ COMMON_NAMES = (
 
 
 def _parse_stack(text: str, name: str, preset: Preset) -> StackConfig:
-    match = re.fullmatch(r"([A-Z][a-z]?)((?:_?[wdhm]\d+(?:\.\d+)?)*)", text)
-    letter = match[1] if match else ""
-    overrides = match[2] if match else ""
-    if letter not in preset.sizes:
+    match = re.fullmatch(r"([A-Z][a-z]?)?((?:_?(?:[wdh]\d{1,6}|m\d{1,3}(?:\.\d+)?))*)", text)
+    values = {key: float(number) for key, number in re.findall(r"([wdhm])([\d.]+)", match[2])} if match else {}
+    base = preset.sizes.get(match[1] or "") if match else None
+    if base is None and not (match and match[1] is None and {"w", "d", "h"} <= values.keys()):
         raise InputError(f"unknown size {text!r} in model name {name!r}; this preset has {', '.join(preset.sizes)}")
-    values = {key: float(number) for key, number in re.findall(r"([wdhm])(\d+(?:\.\d+)?)", overrides)}
-    width, depth, heads = (int(values.get(key, base)) for key, base in zip("wdh", preset.sizes[letter], strict=True))
+    width, depth, heads = (int(values.get(key, size)) for key, size in zip("wdh", base or (0, 0, 0), strict=True))
     return StackConfig(width, depth, heads, preset.hidden(width, values.get("m", preset.factor)))
 
 

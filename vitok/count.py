@@ -29,7 +29,13 @@ class Count:
 
 
 def count(
-    name: str | ViTokConfig, *, size: int | tuple[int, int] = 256, frames: int = 1, preset: str = "paper", channels: int | None = None, **overrides: Any
+    name: str | ViTokConfig,
+    *,
+    size: int | tuple[int, int] = 256,
+    frames: int = 1,
+    preset: str = "paper",
+    channels: int | None = None,
+    **overrides: Any,
 ) -> Count:
     """Count a model on one picture of `size` pixels (a side, or (H, W)), or one clip of `frames` such frames.
 
@@ -38,7 +44,11 @@ def count(
     >>> count("S-B/16", size=256, channels=16, preset="author-v1").params
     128862827
     """
-    config = name if isinstance(name, ViTokConfig) else ViTokConfig.from_name(name, preset=preset, channels=channels, **overrides)
+    config = (
+        name
+        if isinstance(name, ViTokConfig)
+        else ViTokConfig.from_name(name, preset=preset, channels=channels, **overrides)
+    )
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width, frames) < 1:
         raise InputError(f"size and frames must be positive, got size={size}, frames={frames}")

@@ -112,7 +112,7 @@ class ParallelBlock(nn.Module):
 
 
 class Stack(nn.Module):
-    """Transformer blocks with their positions and final norm: tokens [B, L, width] of a (t, h, w) grid to the same shape."""
+    """Transformer blocks with positions and a final norm: tokens [B, L, width] of a (t, h, w) grid, same shape out."""
 
     def __init__(self, config: ViTokConfig, stack: StackConfig) -> None:
         super().__init__()

@@ -85,12 +85,10 @@ class ViTok(nn.Module):
         """
         clip, image = as_clip(pixels, layout)
         check_range(clip)
-        if clip.is_floating_point():
-            clip = clip.to(self.dtype)
         return self.encoder(clip.to(self.device), image)
 
     def decode(self, latents: Tensor, *, size: tuple[int, ...] | None = None) -> Tensor:
-        """Decode latents to pixels in (about) [-1, 1], [B, 3, H, W] or [B, 3, T, H, W], in the model's dtype, not clamped.
+        """Decode latents to pixels in (about) [-1, 1], not clamped: [B, 3, H, W] or [B, 3, T, H, W], the model's dtype.
 
         Args:
             latents: [B, c, h, w] or [B, c, t, h, w].
@@ -99,29 +97,43 @@ class ViTok(nn.Module):
         Raises InputError when the latents' shape is not this model's or the size does not fit them.
         """
         channels = self.config.channels
-        if latents.dim() not in (4, 5) or latents.shape[1] != channels or not latents.is_floating_point():
+        if (
+            latents.dim() not in (4, 5)
+            or latents.shape[1] != channels
+            or 0 in latents.shape
+            or not latents.is_floating_point()
+        ):
             raise InputError(
-                f"latents of {self.config.name} must be floating point [B, {channels}, h, w] or [B, {channels}, t, h, w], "
-                f"got {latents.dtype} {list(latents.shape)}"
+                f"latents of {self.config.name} must be floating point [B, {channels}, h, w] or "
+                f"[B, {channels}, t, h, w], got {latents.dtype} {list(latents.shape)}"
             )
         image = latents.dim() == 4
         latents = (latents.unsqueeze(2) if image else latents).to(self.device, self.dtype)
-        covered = tuple(n * step for n, step in zip(latents.shape[2:], (self.config.temporal_patch, *[self.config.patch] * 2), strict=True))
+        covered = tuple(
+            n * step
+            for n, step in zip(latents.shape[2:], (self.config.temporal_patch, *[self.config.patch] * 2), strict=True)
+        )
         frames = 1 if image else covered[0]
         wanted = covered[1:] if size is None else tuple(size)
         full = (frames, *wanted) if len(wanted) == 2 else wanted
-        if len(full) != 3 or min(full) < 1 or self.config.grid(*full) != tuple(latents.shape[2:]) or (image and full[0] != 1):
-            raise InputError(f"size {wanted} does not fit latents {list(latents.shape)}, which cover up to {covered} (T, H, W)")
+        if (
+            len(full) != 3
+            or min(full) < 1
+            or self.config.grid(*full) != tuple(latents.shape[2:])
+            or (image and full[0] != 1)
+        ):
+            raise InputError(
+                f"size {wanted} does not fit latents {list(latents.shape)}, which cover up to {covered} (T, H, W)"
+            )
         pixels = self.decoder(latents, full)
         return pixels.squeeze(2) if image else pixels
 
     def forward(self, pixels: Tensor, *, seed: int | None = None, layout: str = "auto") -> tuple[Tensor, Posterior]:
         """Reconstruction (of a sample while training, of the mode otherwise) and posterior, for losses."""
-        clip, image = as_clip(pixels, layout)
-        posterior = self.encode(clip, layout="channels_last")
+        posterior = self.encode(pixels, layout=layout)
         latents = posterior.sample(seed) if self.training else posterior.mode()
-        reconstruction = self.decode(latents, size=tuple(clip.shape[1:4]))
-        return (reconstruction.squeeze(2) if image else reconstruction), posterior
+        clip, image = as_clip(pixels, layout)
+        return self.decode(latents, size=tuple(clip.shape[2 if image else 1 : 4])), posterior
 
     def save(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors; `vitok.load(directory)` gives the same model back, bit for bit."""
@@ -137,12 +149,16 @@ def as_clip(pixels: Tensor, layout: str = "auto") -> tuple[Tensor, bool]:
     first, last = pixels.shape[1] == 3, pixels.shape[-1] == 3
     if layout == "auto":
         if first and last:
-            raise InputError(f"pixels of shape {list(pixels.shape)} may be channels-first or channels-last; say which with layout=")
+            raise InputError(
+                f"pixels of shape {list(pixels.shape)} may be channels-first or channels-last; say which with layout="
+            )
         layout = "channels_last" if last else "channels_first"
     if layout not in ("channels_first", "channels_last"):
         raise InputError(f"layout must be 'auto', 'channels_first' or 'channels_last', got {layout!r}")
     if not (first if layout == "channels_first" else last):
-        raise InputError(f"pixels must have 3 colour channels in dimension 1 or the last, got shape {list(pixels.shape)}")
+        raise InputError(
+            f"pixels must have 3 colour channels in dimension 1 or the last, got shape {list(pixels.shape)}"
+        )
     if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
         raise InputError(f"pixels must be uint8 or floating point, got {pixels.dtype}")
     if 0 in pixels.shape:
@@ -160,4 +176,6 @@ def check_range(pixels: Tensor) -> None:
         return
     low, high = (bound.item() for bound in pixels.detach().aminmax())
     if not (low >= -2.0 and high <= 2.0):
-        raise InputError(f"float pixels must be finite and lie in [-1, 1], got values from {low:g} to {high:g}; pass 0..255 as uint8")
+        raise InputError(
+            f"float pixels must be finite and lie in [-1, 1], got values from {low:g} to {high:g}; pass 0..255 as uint8"
+        )

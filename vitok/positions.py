@@ -42,8 +42,8 @@ def rope_table(coords: Tensor, grid: tuple[int, int, int], head_dim: int, kind: 
     if kind == "none":
         return None
     if kind == "1d":
-        strides = torch.tensor([grid[1] * grid[2], grid[2], 1], device=coords.device)
-        angles = _angles((coords * strides).sum(-1), head_dim, theta)
+        t, y, x = coords.unbind(-1)
+        angles = _angles((t * grid[1] + y) * grid[2] + x, head_dim, theta)
     else:
         split = axis_channels(kind, head_dim)
         angles = torch.cat([_angles(coords[:, axis], n, theta) for axis, n in enumerate(split)], dim=-1)
@@ -53,8 +53,8 @@ def rope_table(coords: Tensor, grid: tuple[int, int, int], head_dim: int, kind: 
 def sincos_table(coords: Tensor, width: int, theta: float = 10000.0) -> Tensor:
     """Fixed absolute positions added to the tokens: float32 [L, width].
 
-    A third of the width (rounded down to an even number) belongs to each axis, half sines and half cosines; what is left
-    over stays zero.
+    A third of the width (rounded down to an even number) belongs to each axis, half sines and half cosines; what is
+    left over stays zero.
     """
     per_axis = width // 6 * 2
     parts = [f(_angles(coords[:, axis], per_axis, theta)) for axis in range(3) for f in (torch.sin, torch.cos)]

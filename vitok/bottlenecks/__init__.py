@@ -6,4 +6,11 @@ from vitok.bottlenecks.layernorm import LayerNormBottleneck, PointPosterior
 Posterior = GaussianPosterior | PointPosterior
 BOTTLENECKS = {"gaussian": GaussianBottleneck, "layernorm": LayerNormBottleneck}
 
-__all__ = ["BOTTLENECKS", "GaussianBottleneck", "GaussianPosterior", "LayerNormBottleneck", "PointPosterior", "Posterior"]
+__all__ = [
+    "BOTTLENECKS",
+    "GaussianBottleneck",
+    "GaussianPosterior",
+    "LayerNormBottleneck",
+    "PointPosterior",
+    "Posterior",
+]

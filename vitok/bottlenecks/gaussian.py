@@ -1,4 +1,4 @@
-"""The Gaussian bottleneck: a linear map to mean and log-variance (Kingma and Welling, arXiv:1312.6114; ViTok, section 2)."""
+"""The Gaussian bottleneck: linear to mean and log-variance (Kingma and Welling, arXiv:1312.6114; ViTok, section 2)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class GaussianPosterior:
         """Latents drawn by the reparametrisation trick, shaped like the mean.
 
         Args:
-            seed: 0 <= seed < 2^64. The noise depends on (seed, sample id, element) only, so a picture gets the same latents
-                in any batch and on any device. None draws a seed from torch's default generator.
+            seed: 0 <= seed < 2^64. The noise depends on (seed, sample id, element) only, so a picture gets the same
+                latents in any batch and on any device. None draws a seed from torch's default generator.
             sample_ids: int64 [B], by default 0 .. B-1.
         """
         if seed is None:
@@ -42,8 +42,12 @@ class GaussianPosterior:
         return self.mean + self.std * noise.to(self.mean.dtype)
 
     def kl(self) -> Tensor:
-        """KL(posterior || N(0, I)) of each sample, in nats, averaged (not summed) over tokens and channels: [B]."""
-        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).mean(1)
+        """KL(posterior || N(0, I)) of each sample, in nats, averaged (not summed) over tokens and channels.
+
+        Returns: [B], at least float32: near the prior its terms cancel to less than a half-precision number resolves.
+        """
+        mean, logvar = (x if x.dtype == torch.float64 else x.float() for x in (self.mean, self.logvar))
+        return 0.5 * (mean.square() + logvar.expm1() - logvar).flatten(1).mean(1)
 
 
 class GaussianBottleneck(nn.Module):

@@ -9,7 +9,7 @@ from vitok import ops
 
 
 class PointPosterior:
-    """A code without uncertainty, in the manner of `GaussianPosterior`: mode and sample are the code, the KL is zero."""
+    """A code without uncertainty, used like a `GaussianPosterior`: mode and sample are the code, the KL is zero."""
 
     def __init__(self, mean: Tensor) -> None:
         self.mean = mean
@@ -34,7 +34,7 @@ class PointPosterior:
 
 
 class LayerNormBottleneck(nn.Module):
-    """Tokens [B, L, width] to a `PointPosterior` whose every token has zero mean and unit variance over its channels."""
+    """Tokens [B, L, width] to a `PointPosterior`; every token has zero mean and unit variance over its channels."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A folder of pictures as training batches: every batch is a function of (seed, step), so a run can stop and go on anywhere."""
+"""A folder of pictures as training batches. Every batch is a function of (seed, step), so a run can go on anywhere."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from vitok.io.images import read_image
 class ImageCrops(Dataset[Tensor]):
     """Random crops of a folder of pictures; item `step` is the uint8 batch [batch, crop, crop, 3] of that step.
 
-    A picture is drawn from a group drawn evenly from the groups, scaled so that its short side is log-uniform in
-    `short_side` pixels (never enlarged beyond what the crop needs), cropped at random and flipped half of the time.
+    A picture is drawn from a group drawn evenly from the groups, scaled (small ones are enlarged) so that its short
+    side is log-uniform in `short_side` pixels, cropped at random and flipped half of the time. Decoded pictures stay in
+    memory, reduced to the largest short side drawn.
 
     Args:
         folder: searched recursively for pictures; those that cannot be read are left out and listed in `.skipped`.
         groups: regular expression; files whose names match it with the same text form a group ("" is one group of all).
-        cache: keep decoded pictures in memory (reduced to the largest short side drawn).
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ImageCrops(Dataset[Tensor]):
             match = re.search(groups, entry.path.name)
             by_group.setdefault(match[0] if match else "", []).append(picture)
         if not by_group:
-            raise InputError(f"data folder {folder} holds no readable picture")
+            raise InputError(f"data folder {folder} holds no readable picture: {self.skipped[0]}")
         self.groups = [by_group[key] for key in sorted(by_group)]
 
     def __len__(self) -> int:
@@ -68,8 +68,12 @@ class ImageCrops(Dataset[Tensor]):
         group = self.groups[rng.integers(len(self.groups))]
         picture = group[rng.integers(len(group))]
         short = math.exp(rng.uniform(*np.log(self.short_side)))
-        side = min(self.crop * min(picture.size) / short, min(picture.size))  # the crop's side in the picture's own pixels
+        side = min(
+            self.crop * min(picture.size) / short, min(picture.size)
+        )  # the crop's side in the picture's own pixels
         left, top = (rng.uniform(0, n - side) for n in picture.size)
-        crop = picture.resize((self.crop, self.crop), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        crop = picture.resize(
+            (self.crop, self.crop), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
+        )
         pixels = torch.from_numpy(np.array(crop))
         return pixels.flip(1) if rng.random() < 0.5 else pixels

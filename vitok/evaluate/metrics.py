@@ -24,8 +24,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 def ssim(a: Tensor, b: Tensor) -> float:
     """Structural similarity of two uint8 pictures [H, W, 3], or the mean over frames [T, H, W, 3].
 
-    Wang et al., IEEE TIP 13(4), 2004: Gaussian window 11 x 11 with sigma 1.5, K1 0.01, K2 0.03, valid positions only, mean
-    over colours. Sides shorter than 11 use a window of that length.
+    Wang et al., IEEE TIP 13(4), 2004: Gaussian window 11 x 11 with sigma 1.5, K1 0.01, K2 0.03, valid positions only,
+    mean over colours. Sides shorter than 11 use a window of that length.
     """
     _check(a, b)
     x, y = (t.double().reshape(-1, *t.shape[-3:]).movedim(-1, 1).flatten(0, 1)[:, None] for t in (a, b))
@@ -41,9 +41,13 @@ def ssim(a: Tensor, b: Tensor) -> float:
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
     cov = blur(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return float((((2 * mean_x * mean_y + c1) * (2 * cov + c2)) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean())
+    return float(
+        (((2 * mean_x * mean_y + c1) * (2 * cov + c2)) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean()
+    )
 
 
 def _check(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape or a.dtype != torch.uint8 or b.dtype != torch.uint8:
-        raise InputError(f"expected two uint8 tensors of one shape, got {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}")
+        raise InputError(
+            f"expected two uint8 tensors of one shape, got {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
+        )

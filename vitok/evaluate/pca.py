@@ -1,4 +1,4 @@
-"""Principal components of tubelets: the best linear tokenizer of one patch, a baseline to beat and a place to start from."""
+"""Principal components of tubelets: the best linear tokenizer of a patch, a baseline and a place to start from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PCA_CROPS = 840
 
 @dataclass(frozen=True)
 class PatchPCA:
-    """`mean` [n], orthonormal rows `components` [k, n] and their `variances` [k], n = q * p * p * 3, pixels in [-1, 1]."""
+    """`mean` [n], orthonormal rows `components` [k, n], their `variances` [k]; n = q * p * p * 3, pixels in [-1, 1]."""
 
     tubelet: tuple[int, int]
     mean: Tensor
@@ -29,12 +29,18 @@ class PatchPCA:
         rows = tubelet_gather(pixels, tubelet=self.tubelet)
         basis = self.components[:channels]
         codes = (rows - self.mean) @ basis.T
-        return tubelet_unembed(codes, basis.T, self.mean, tubelet=self.tubelet, size=tuple(pixels.shape[1:4]))
+        return tubelet_unembed(
+            codes, basis.T, self.mean, tubelet=self.tubelet, size=(pixels.shape[1], pixels.shape[2], pixels.shape[3])
+        )
 
 
 def fit_pca(batches: Iterable[Tensor], tubelet: tuple[int, int], components: int) -> PatchPCA:
-    """Fit on batches of uint8 pixels [B, T, H, W, 3]; sums in float64. InputError when there are fewer tubelets than components."""
-    total, outer, rows_seen = 0.0, 0.0, 0
+    """Fit on batches of uint8 pixels [B, T, H, W, 3]; sums in float64.
+
+    Raises InputError unless there are more tubelets than components.
+    """
+    elements = tubelet[0] * tubelet[1] ** 2 * 3
+    total, outer, rows_seen = torch.zeros(elements).double(), torch.zeros(elements, elements).double(), 0
     for pixels in batches:
         rows = tubelet_gather(pixels, tubelet=tubelet).flatten(0, 1).double()
         total, outer, rows_seen = total + rows.sum(0), outer + rows.T @ rows, rows_seen + len(rows)

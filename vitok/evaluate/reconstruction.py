@@ -1,4 +1,4 @@
-"""Reconstruction quality on a folder of pictures: short side to `size`, centre crop, posterior mean, uint8, PSNR a picture."""
+"""Reconstruction quality on a folder of pictures: short side to a size, centre crop, uint8, PSNR and SSIM of each."""
 
 from __future__ import annotations
 

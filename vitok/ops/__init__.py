@@ -1,4 +1,4 @@
-"""The mathematics of a ViTok: one module an op, each a documented function with an eager reference and faster implementations."""
+"""The mathematics of a ViTok: one module an op, each a function, its eager reference and faster implementations."""
 
 from vitok.ops._registry import Choice, ImplementationError, choices
 from vitok.ops.attention import attention

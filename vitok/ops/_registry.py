@@ -1,7 +1,8 @@
 """One op, several implementations: how an implementation is named, chosen and refused.
 
-An `Op` holds its implementations in order of preference, the reference last. ``impl="auto"`` takes the first that can run
-the arguments at hand; a name takes that one or raises `ImplementationError` with the reason, never another one silently.
+An `Op` holds its implementations in order of preference, the reference last. ``impl="auto"`` takes the first that can
+run the arguments at hand; a name takes that one or raises `ImplementationError` with the reason, never another one
+silently.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def _always(*_: Any) -> str:
 
 @dataclass(frozen=True)
 class Implementation:
-    """`run` computes the op. `missing()` says why it cannot run on this machine at all, `refuses(*args)` why not on these
-    arguments (the op's positional ones); both say "" when it can."""
+    """`run` computes the op. `missing()` says why it cannot run on this machine at all, `refuses(*args)` why not on
+    these arguments (the op's positional ones); both say "" when it can."""
 
     name: str
     run: Callable[..., Any]
@@ -62,7 +63,9 @@ class Op:
                     return candidate
             raise ImplementationError(f"no implementation of {self.name} takes these arguments")
         if impl not in self.implementations:
-            raise ImplementationError(f"{self.name} has no implementation {impl!r}; it has {', '.join(self.implementations)}")
+            raise ImplementationError(
+                f"{self.name} has no implementation {impl!r}; it has {', '.join(self.implementations)}"
+            )
         chosen = self.implementations[impl]
         if reason := chosen.missing() or chosen.refuses(*args):
             raise ImplementationError(f"{self.name}: implementation {impl!r} cannot be used: {reason}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from vitok.errors import InputError
 from vitok.ops._registry import Implementation, Op
 
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
 def gated_mlp_act(gate_up: Tensor, *, gate: str = "silu", impl: str = "auto") -> Tensor:
@@ -26,6 +28,8 @@ def gated_mlp_act(gate_up: Tensor, *, gate: str = "silu", impl: str = "auto") ->
     """
     if gate not in _ACTIVATIONS:
         raise InputError(f"gate must be one of {', '.join(_ACTIVATIONS)}, got {gate!r}")
+    if gate_up.shape[-1] % 2:
+        raise InputError(f"gate_up must have an even last dimension, got {list(gate_up.shape)}")
     return _OP(impl, gate_up, gate)
 
 

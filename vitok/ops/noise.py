@@ -1,8 +1,9 @@
 """Normal noise that depends on (seed, sample id, element) and on nothing else.
 
-Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a 128-bit counter and a 64-bit
-key into four 32-bit words. Key: the seed. Counter: (element // 4, sample id), 64 bits each; words 0, 1 and 2, 3 become two
-Box-Muller pairs, which are elements 4n .. 4n+3. So a sample's noise is the same in any batch, in any order, on any device.
+Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a 128-bit counter and a
+64-bit key into four 32-bit words. Key: the seed. Counter: (element // 4, sample id), 64 bits each; words 0, 1 and 2, 3
+become two Box-Muller pairs, which are elements 4n .. 4n+3. So a sample's noise is the same in any batch, in any order,
+on any device.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import math
 import torch
 from torch import Tensor
 
+from vitok.errors import InputError
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox 4x32. `counter`: four int64 tensors (broadcast together) and `key`: two ints, all in [0, 2^32)."""
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox 4x32. `counter`: four int64 tensors, broadcast together, `key`: two ints, all below 2^32."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -30,7 +35,12 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def normal_noise(seed: int, sample_ids: Tensor, elements: int) -> Tensor:
-    """Standard normal noise, float32 [len(sample_ids), elements], on the device of the int64 `sample_ids`; seed in [0, 2^64)."""
+    """Standard normal noise, float32 [len(sample_ids), elements], on the device of `sample_ids` (int64 [B]).
+
+    Raises InputError unless 0 <= seed < 2^64.
+    """
+    if not 0 <= seed < 2**64:
+        raise InputError(f"seed must be at least 0 and less than 2^64, got {seed}")
     block = torch.arange(math.ceil(elements / 4), device=sample_ids.device)
     ids = sample_ids[:, None]
     counter = (block & _MASK, block >> 32, ids & _MASK, (ids >> 32) & _MASK)

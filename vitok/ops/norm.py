@@ -10,7 +10,9 @@ from vitok.errors import InputError
 from vitok.ops._registry import Implementation, Op
 
 
-def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, *, kind: str, eps: float, impl: str = "auto") -> Tensor:
+def norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None = None, *, kind: str, eps: float, impl: str = "auto"
+) -> Tensor:
     """Normalise rows.
 
     kind "layer": (x - mean) / sqrt(var + eps) * weight + bias (Ba et al., arXiv:1607.06450);

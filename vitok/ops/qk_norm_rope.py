@@ -34,7 +34,8 @@ def qk_norm_rope(
         eps: of the norm.
         impl: "auto" or "reference".
 
-    Returns: [B, L, 3, heads, head_dim] in the dtype of qkv; arithmetic in float32 (float64 for float64). Differentiable.
+    Returns: [B, L, 3, heads, head_dim] in the dtype of qkv; arithmetic in float32 (float64 for float64).
+    Differentiable.
 
     >>> qk_norm_rope(torch.ones(1, 1, 3, 2, 8), table=torch.stack((torch.ones(1, 4), torch.zeros(1, 4)))).sum().item()
     48.0
@@ -42,11 +43,15 @@ def qk_norm_rope(
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise InputError(f"qkv must be [B, L, 3, heads, head_dim], got {list(qkv.shape)}")
     if table is not None and table.shape != (2, qkv.shape[1], qkv.shape[4] // 2):
-        raise InputError(f"table must be [2, {qkv.shape[1]}, {qkv.shape[4] // 2}] for this qkv, got {list(table.shape)}")
+        raise InputError(
+            f"table must be [2, {qkv.shape[1]}, {qkv.shape[4] // 2}] for this qkv, got {list(table.shape)}"
+        )
     return _OP(impl, qkv, q_weight, k_weight, table, eps)
 
 
-def reference(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, table: Tensor | None, eps: float) -> Tensor:
+def reference(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, table: Tensor | None, eps: float
+) -> Tensor:
     qk, v = qkv[:, :, :2], qkv[:, :, 2:]
     wide = qk if qk.dtype == torch.float64 else qk.float()
     if q_weight is not None and k_weight is not None:

@@ -1,8 +1,9 @@
 """tubelet_embed: pixels to tokens. out[b, l] = W . normalise(tubelet l of clip b) + bias.
 
-Two steps. The gather reads the q x p x p x 3 pixels of every tubelet in any layout and dtype, maps uint8 0..255 to [-1, 1]
-and writes them as rows: no float image, no padded image and no permuted copy ever exist. A library matrix product follows;
-Conv3d with kernel = stride computes the same and is a known slow path. Source: ViTok (arXiv:2501.09755), section 2.
+Two steps. The gather reads the q x p x p x 3 pixels of every tubelet in any layout and dtype, maps uint8 to [-1, 1]
+and writes them as rows: no float image, no padded image and no permuted copy ever exist. A library matrix product
+follows; Conv3d with kernel = stride computes the same and is a known slow path. Source: ViTok (arXiv:2501.09755),
+section 2.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ UINT8_SCALE, UINT8_SHIFT = 2.0 / 255.0, -1.0
 
 
 def tubelet_embed(
-    pixels: Tensor, weight: Tensor, bias: Tensor | None = None, *, tubelet: tuple[int, int], pad: str = "edge", impl: str = "auto"
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    tubelet: tuple[int, int],
+    pad: str = "edge",
+    impl: str = "auto",
 ) -> Tensor:
     """Embed every tubelet of a clip as one token.
 
@@ -32,7 +39,8 @@ def tubelet_embed(
         weight: [width, q * p * p * 3], elements of a tubelet in (frame, row, column, colour) order.
         bias: [width] or None.
         tubelet: (q, p).
-        pad: what fills T, H, W up to multiples of q, p, p: "edge" repeats the last frame, row and column, "zero" is mid-grey.
+        pad: what fills T, H, W up to multiples of q, p, p: "edge" repeats the last frame, row and column, "zero" is
+            mid-grey.
         impl: "auto", "reference" or "native".
 
     Returns: tokens [B, ceil(T/q) * ceil(H/p) * ceil(W/p), width] in row-major (t, y, x) order, in the weight's dtype.
@@ -45,7 +53,12 @@ def tubelet_embed(
 
 
 def tubelet_gather(
-    pixels: Tensor, *, tubelet: tuple[int, int], pad: str = "edge", dtype: torch.dtype = torch.float32, impl: str = "auto"
+    pixels: Tensor,
+    *,
+    tubelet: tuple[int, int],
+    pad: str = "edge",
+    dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
 ) -> Tensor:
     """The first half of `tubelet_embed`: normalised tubelets as rows, [B, L, q * p * p * 3] in `dtype`."""
     if pixels.dim() != 5 or pixels.shape[-1] != 3:
@@ -56,6 +69,8 @@ def tubelet_gather(
         raise InputError(f"pixels must have at least one frame, row and column, got {list(pixels.shape)}")
     if pad not in ("edge", "zero"):
         raise InputError(f"pad must be 'edge' or 'zero', got {pad!r}")
+    if min(tubelet) < 1:
+        raise InputError(f"tubelet must be (frames, pixels), both at least 1, got {tubelet}")
     return _OP(impl, pixels, *tubelet, pad == "zero", dtype)
 
 
@@ -67,17 +82,22 @@ def reference(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype
     for dim, step in ((1, q), (2, p), (3, p)):
         size = pixels.shape[dim]
         if missing := -size % step:
-            last = pixels.narrow(dim, size - 1, 1).expand([missing if d == dim else n for d, n in enumerate(pixels.shape)])
+            last = pixels.narrow(dim, size - 1, 1).expand(
+                [missing if d == dim else n for d, n in enumerate(pixels.shape)]
+            )
             pixels = torch.cat((pixels, torch.zeros_like(last) if pad_zero else last), dim)
     batch, frames, height, width, colours = pixels.shape
-    tubelets = pixels.reshape(batch, frames // q, q, height // p, p, width // p, p, colours).permute(0, 1, 3, 5, 2, 4, 6, 7)
-    return tubelets.reshape(batch, -1, q * p * p * colours).to(dtype)
+    tubelets = pixels.reshape(batch, frames // q, q, height // p, p, width // p, p, colours).permute(
+        0, 1, 3, 5, 2, 4, 6, 7
+    )
+    return tubelets.flatten(4).flatten(1, 3).to(dtype)
 
 
 def _scatter(rows: Tensor, size: tuple[int, int, int], q: int, p: int, pad_zero: bool) -> Tensor:
-    """The transpose of the gather: gradients of rows [B, L, q * p * p * 3] summed into those of pixels [B, T, H, W, 3]."""
+    """The transpose of the gather: gradients of rows [B, L, q * p * p * 3] summed into pixels [B, T, H, W, 3]."""
     t, h, w = (math.ceil(n / step) for n, step in zip(size, (q, p, p), strict=True))
-    pixels = rows.reshape(-1, t, h, w, q, p, p, 3).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, t * q, h * p, w * p, 3)
+    tubelets = rows.reshape(len(rows), t, h, w, q, p, p, 3).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    pixels = tubelets.reshape(len(rows), t * q, h * p, w * p, 3)
     for dim, n in enumerate(size, start=1):
         kept, padding = pixels.narrow(dim, 0, n), pixels.narrow(dim, n, pixels.shape[dim] - n)
         if padding.shape[dim] and not pad_zero:
@@ -107,9 +127,9 @@ def _native_gather(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.
         out.data_ptr(), _name(dtype), scale, shift,
     )  # fmt: skip
     library = _native.library()
+    assert library is not None, _native.reason()
     if pixels.is_cuda:
-        with torch.cuda.device(pixels.device):
-            library.tubelet_gather_cuda(*args, torch.cuda.current_stream().cuda_stream)
+        library.tubelet_gather_cuda(*args, torch.cuda.current_stream(pixels.device).cuda_stream)
     else:
         library.tubelet_gather_cpu(*args)
     return out
@@ -145,16 +165,22 @@ def _run_native(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dty
 
 def _refuses(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> str:
     if pixels.is_cuda:
-        return "" if _native.library().cuda_archs() else "the native library was built without CUDA"
+        return "" if _NATIVE_CUDA else "the native library was built without CUDA"
     if pixels.device.type not in ("cpu", "meta"):
         return f"there is no native kernel for device {pixels.device.type!r}"
     if (pixels.dtype == torch.float64) != (dtype == torch.float64):
         return f"it does not convert {pixels.dtype} to {dtype}"
+    if p > 256:
+        return f"patches have at most 256 pixels a side, got {p}"
     return ""
 
 
+# Looked up here, once: torch.compile cannot trace the loading of a library.
+_NATIVE_REASON = _native.reason()
+_NATIVE_CUDA = hasattr(_native.library(), "tubelet_gather_cuda")
+
 _OP = Op(
     "tubelet_embed",
-    Implementation("native", _run_native, missing=_native.reason, refuses=_refuses),
+    Implementation("native", _run_native, missing=lambda: _NATIVE_REASON, refuses=_refuses),
     Implementation("reference", reference),
 )

@@ -57,8 +57,8 @@ def reference(
 ) -> Tensor:
     if bias is not None and bias.numel() == 3:
         bias = bias.repeat(q * p * p)
-    tubelets = F.linear(tokens, weight, bias).reshape(-1, *grid, q, p, p, 3)
-    pixels = tubelets.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, 3, grid[0] * q, grid[1] * p, grid[2] * p)
+    tubelets = F.linear(tokens, weight, bias).reshape(len(tokens), *grid, q, p, p, 3)
+    pixels = tubelets.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(len(tokens), 3, grid[0] * q, grid[1] * p, grid[2] * p)
     return pixels[:, :, : size[0], : size[1], : size[2]].contiguous()
 
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vitok.config import ViTokConfig
 from vitok.errors import InputError
+
+# The others have a field of their own here.
+OVERRIDES = {field.name for field in dataclasses.fields(ViTokConfig)} - {"name", "preset", "channels"}
+LIMITS: tuple[tuple[str, float, float], ...] = (
+    ("steps", 1, 2**32 - 1), ("batch", 1, 2**31), ("crop", 1, 2**16), ("short_side", 1, 2**16),
+    ("save_every", 1, 2**32), ("seed", 0, 2**32 - 1), ("workers", 0, 1024), ("warmup", 0, 2**32), ("beta", 0, 1e9),
+    ("learning_rate", 0, 1e3), ("weight_decay", 0, 1e3), ("grad_clip", 1e-12, 1e12), ("betas", 0, 1 - 1e-12),
+    ("ema", 0, 1),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,14 +79,28 @@ class TrainConfig:
             ("pixel_loss", ("l2", "l1", "log_l2")), ("precision", ("auto", "bf16", "fp32")),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
-                raise InputError(f"training field {name!r} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("steps", "batch", "crop", "save_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"training field {name!r} must be at least 1, got {getattr(self, name)}")
+                raise InputError(
+                    f"training field {name!r} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        for name, low, high in LIMITS:
+            value = getattr(self, name)
+            if not all(low <= number <= high for number in (value if isinstance(value, tuple) else (value,))):
+                raise InputError(f"training field {name!r} must lie between {low:g} and {high:g}, got {value}")
+        if self.short_side[0] > self.short_side[1]:
+            raise InputError(f"training field 'short_side' must be (smallest, largest), got {self.short_side}")
+        try:
+            re.compile(self.groups)
+        except re.error as error:
+            raise InputError(
+                f"training field 'groups' must be a regular expression, got {self.groups!r}: {error}"
+            ) from error
+        for name in self.overrides:
+            if name not in OVERRIDES:
+                raise InputError(f"training field 'overrides' must hold fields of the model's config, got {name!r}")
 
     @classmethod
     def load(cls, path: str | Path, assignments: tuple[str, ...] = ()) -> TrainConfig:
-        """Read a YAML file, then apply ``key=value`` assignments (``overrides.encoder_depth=4`` reaches into a mapping)."""
+        """Read a YAML file, then apply ``key=value`` assignments; ``overrides.encoder_depth=4`` goes into a mapping."""
         try:
             import yaml
         except ImportError as error:
@@ -96,14 +121,18 @@ class TrainConfig:
                 target = target.setdefault(parent, {})
                 if not isinstance(target, dict):
                     raise InputError(f"training field {parent!r} is no mapping, so {key!r} cannot be set")
-            target[last] = yaml.safe_load(text)
+            try:
+                target[last] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise InputError(f"cannot read the value of {assignment!r}: {' '.join(str(error).split())}") from error
         return cls.from_dict(values)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := values.keys() - fields.keys():
-            raise InputError(f"unknown training field(s) {', '.join(sorted(unknown))}; see vitok/train/config.py")
+            names = ", ".join(sorted(map(str, unknown)))
+            raise InputError(f"unknown training field(s) {names}; see vitok/train/config.py")
         if missing := {"data", "out"} - values.keys():
             raise InputError(f"the training config lacks {', '.join(sorted(missing))}")
         return cls(**{name: _as_type(name, str(fields[name].type), value) for name, value in values.items()})
@@ -115,11 +144,11 @@ def _as_type(name: str, kind: str, value: Any) -> Any:
         if kind == "float":
             return float(value)
         if kind.startswith("tuple"):
-            element = float if "float" in kind else int
-            pair = tuple(element(item) for item in value)
-            if len(pair) == 2:
-                return pair
-        elif isinstance(value, bool) == (kind == "bool") and isinstance(value, {"int": int, "str": str}.get(kind, dict)):
+            if isinstance(value, (list, tuple)) and len(value) == 2:
+                return tuple(_as_type(name, "float" if "float" in kind else "int", item) for item in value)
+        elif isinstance(value, bool) == (kind == "bool") and isinstance(
+            value, {"int": int, "str": str}.get(kind, dict)
+        ):
             return value
     except (TypeError, ValueError):
         pass

@@ -23,7 +23,6 @@ from vitok.data.images import ImageCrops
 from vitok.errors import InputError
 from vitok.evaluate.pca import PCA_CROPS, fit_pca
 from vitok.io.files import atomic_path
-from vitok.model import ViTok
 from vitok.ops.tubelet_embed import UINT8_SCALE, UINT8_SHIFT
 from vitok.train.config import TrainConfig
 from vitok.train.init import init_from_pca
@@ -39,18 +38,31 @@ class Trainer:
         self.config, self.device = config, torch.device(device)
         self.out = Path(config.out)
         self.data = ImageCrops(
-            config.data, batch=config.batch, crop=config.crop, short_side=config.short_side, seed=config.seed, groups=config.groups
+            config.data,
+            batch=config.batch,
+            crop=config.crop,
+            short_side=config.short_side,
+            seed=config.seed,
+            groups=config.groups,
         )
         torch.manual_seed(config.seed)
-        self.model = create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides).to(self.device)
-        self.average = create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides).to(self.device).eval()
+        self.model = create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides).to(
+            self.device
+        )
+        self.average = (
+            create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides)
+            .to(self.device)
+            .eval()
+        )
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=config.learning_rate, betas=config.betas, fused=True,
         )  # fmt: skip
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=_use_bf16(config.precision, self.device))
+        self.autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=_use_bf16(config.precision, self.device)
+        )
         self.step = 0
         if (self.out / STATE).exists():
             self._resume()
@@ -63,7 +75,10 @@ class Trainer:
 
     def run(self, on_step: Callable[[int, dict[str, float]], None] | None = None) -> None:
         """Train to the last step. A first SIGTERM or Ctrl-C saves a checkpoint and returns; the run can go on later."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the run directory {self.out}: {error.strerror}") from error
         with _stop_requests() as stopped:
             for step, batch in zip(range(self.step, self.config.steps), self._batches(), strict=False):
                 metrics = self.train_step(batch, step)
@@ -77,7 +92,10 @@ class Trainer:
                     break
 
     def train_step(self, batch: Tensor, step: int) -> dict[str, float]:
-        """One update on uint8 pixels [B, H, W, 3]. Returns the loss, its parts, PSNR of the batch (dB) and the learning rate."""
+        """One update on uint8 pixels [B, H, W, 3].
+
+        Returns the loss, its parts, PSNR of the batch (dB), the gradient's norm and the learning rate.
+        """
         config = self.config
         self.model.train()
         batch = batch.to(self.device, non_blocking=True)
@@ -99,7 +117,14 @@ class Trainer:
         self._update_average(step)
         mse = (reconstruction.detach().float().clamp(-1, 1) - target).square().flatten(1).mean(1)
         psnr = (10 * torch.log10(4 / mse.clamp(min=1e-10))).mean()
-        return {"loss": loss.item(), "pixel": distance.item(), "kl": kl.item(), "psnr": psnr.item(), "grad_norm": norm.item(), "lr": rate}
+        return {
+            "loss": loss.item(),
+            "pixel": distance.item(),
+            "kl": kl.item(),
+            "psnr": psnr.item(),
+            "grad_norm": norm.item(),
+            "lr": rate,
+        }
 
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
@@ -114,7 +139,11 @@ class Trainer:
         for key, parameter in self.model.named_parameters():
             tensors |= {f"optimizer.{name}.{key}": value for name, value in self.optimizer.state[parameter].items()}
         with atomic_path(self.out / STATE) as path:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"step": str(self.step), "run": self._identity()})
+            save_file(
+                {k: v.contiguous() for k, v in tensors.items()},
+                path,
+                metadata={"step": str(self.step), "run": self._identity()},
+            )
         log = self.out / LOG
         rows = [row for row in _read_rows(log) if int(row["step"]) < self.step]
         rows.append({"step": self.step, **{name: f"{value:.6g}" for name, value in metrics.items()}})
@@ -126,7 +155,10 @@ class Trainer:
     def _start(self) -> None:
         if self.config.init == "pca":
             tubelet, width = self.model.config.tubelet, self.model.config.encoder_width
-            fit_on = (self.data[2**32 + i][:, None] for i in range(PCA_CROPS * 256**2 // (self.config.batch * self.config.crop**2) + 1))
+            fit_on = (
+                self.data[2**32 + i][:, None]
+                for i in range(PCA_CROPS * 256**2 // (self.config.batch * self.config.crop**2) + 1)
+            )
             init_from_pca(self.model, fit_pca(fit_on, tubelet, min(width, self.model.config.tubelet_elements)))
         elif self.config.init != "random":
             start = load(self.config.init)
@@ -149,7 +181,9 @@ class Trainer:
         for prefix, module in (("model.", self.model), ("average.", self.average)):
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         for key, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {name: tensors[f"optimizer.{name}.{key}"] for name in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {
+                name: tensors[f"optimizer.{name}.{key}"] for name in ("step", "exp_avg", "exp_avg_sq")
+            }
 
     def _identity(self) -> str:
         """What must be equal for a run to go on: everything but how long it is, where it lives and how it is fed."""
@@ -160,7 +194,10 @@ class Trainer:
 
     def _batches(self) -> Iterator[Tensor]:
         steps = range(self.step, self.config.steps)
-        return iter(DataLoader(self.data, batch_size=None, sampler=steps, num_workers=self.config.workers))
+        loader = DataLoader(
+            self.data, batch_size=None, sampler=steps, num_workers=self.config.workers, worker_init_fn=_leave_stopping
+        )
+        return iter(loader)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -176,7 +213,15 @@ def _use_bf16(precision: str, device: torch.device) -> bool:
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+    return (
+        device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+    )
+
+
+def _leave_stopping(worker: int) -> None:
+    """Workers live until the trainer ends them: a stop request to the whole process group is the trainer's affair."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

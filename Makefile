@@ -1,0 +1,41 @@
+# Everything runs in .venv, which the first target that needs it makes. Override PYTHON or TORCH to choose others.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0 triton==3.7.1
+BIN := .venv/bin
+STAMP := .venv/installed
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: setup demo test test-long lint bench docs clean
+
+setup: $(STAMP)
+
+# torch first and alone, so that nothing later chooses another build of it
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/vitok reconstruct examples --out demo
+
+test: setup
+	$(BIN)/pytest -m "not long"
+
+test-long: setup
+	$(BIN)/pytest -m long
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/pytest benchmarks --benchmark-json=benchmarks/results/latest.json
+	$(BIN)/python benchmarks/report.py benchmarks/results/latest.json
+
+docs: setup
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf .venv build dist demo vitok/_C*.so vitok/_build.json *.egg-info

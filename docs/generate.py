@@ -1,0 +1,71 @@
+"""Rewrite the generated tables of README.md: python docs/generate.py
+
+A table stands between `<!-- generated: NAME -->` and `<!-- end -->` and comes from the code or from a result file.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import vitok
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def models() -> str:
+    """Counts of the paper's models, from `vitok.count`."""
+    lines = [
+        "| model, c = 16 | input | parameters, encoder + decoder | tokens | floats | GMAC | GFLOP |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, frames, size in (
+        ("S-B/16", 1, 256), ("S-B/16", 1, 512), ("S-L/16", 1, 256), ("S-B/4x8", 16, 128), ("S-B/8x8", 16, 128),
+        ("S-B/4x16", 16, 128),
+    ):  # fmt: skip
+        c = vitok.count(name, size=size, frames=frames, channels=16, preset="author-v1")
+        lines.append(
+            f"| {name} | {frames} x {size} x {size} | {c.encoder_params:,} + {c.decoder_params:,} | {c.tokens:,} "
+            f"| {c.floats:,} | {c.macs / 1e9:.2f} | {c.flops / 1e9:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def heldout() -> str:
+    """Quality of `demo` beside PCA, from `vitok eval --json`."""
+    result = json.loads((RESULTS / "demo-heldout.json").read_text())
+    lines = [f"| {result['pictures']} held-out photographs, 256 x 256 | PSNR dB | SSIM |", "|---|---|---|"]
+    for name, mean in result["means"].items():
+        label = "PCA, 16 x 16 patches, 64 channels" if name == "PCA" else f"`{name}`"
+        lines.append(f"| {label} | {mean['psnr']:.2f} | {mean['ssim']:.4f} |")
+    return "\n".join(lines)
+
+
+def examples() -> str:
+    """What `make demo` measures, from `vitok reconstruct examples --size 256`; times are left to the reader's machine."""
+    result = json.loads((RESULTS / "demo-examples.json").read_text())
+    lines = ["| input | frames | size | PSNR dB | SSIM | tokens | floats | compression |", "|---|---|---|---|---|---|---|---|"]
+    for row in result["results"]:
+        lines.append(
+            f"| {row['input']} | {row['frames']} | {row['width']} x {row['height']} | {row['psnr']:.2f} | {row['ssim']:.4f} "
+            f"| {row['tokens']:,} | {row['floats']:,} | {row['compression']:.1f}x |"
+        )
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"models": models, "heldout": heldout, "examples": examples}
+
+
+def generated(text: str) -> str:
+    """`text` with every generated block written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"<!-- generated: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- generated: (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(generated(readme.read_text()))

@@ -1,0 +1,116 @@
+"""Models small enough to run in milliseconds, pictures to run them on, and how two numbers are judged."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import vitok
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny() -> Callable[..., vitok.ViTok]:
+    """`tiny(name, **config fields)`: a model of two narrow blocks a stack whose every parameter is random."""
+
+    def make(name: str = "S-S/8", *, preset: str = "paper", seed: int = 0, **fields: object) -> vitok.ViTok:
+        if preset == "v2" and name == "S-S/8":
+            name = "B-B/8"
+        sizes = {
+            "channels": 4, "encoder_width": 48, "encoder_heads": 2, "encoder_depth": 2, "encoder_hidden": 80,
+            "decoder_width": 96, "decoder_heads": 3, "decoder_depth": 2, "decoder_hidden": 136,
+        }  # fmt: skip
+        model = vitok.create_model(name, preset=preset, **(sizes | fields)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                spread = 0.5 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
+                centre = 1.0 if parameter.dim() == 1 and not key.endswith("bias") else 0.0
+                parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return make
+
+
+@pytest.fixture
+def pixels() -> Callable[..., Tensor]:
+    """`pixels(*shape)`: random uint8 of that shape."""
+
+    def make(*shape: int, seed: int = 0) -> Tensor:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of three smooth pictures with a little noise, from 24 x 24 pixels to 40 x 32."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i, (height, width) in enumerate([(24, 24), (32, 40), (40, 32)]):
+        y, x = np.mgrid[:height, :width] / 40
+        waves = [np.sin((3 + i) * x + c) * np.cos((2 + c) * y + i) for c in range(3)]
+        picture = 128 + 80 * np.stack(waves, -1) + rng.normal(0, 4, (height, width, 3))
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"picture_{i}.png")
+    return folder
+
+
+@pytest.fixture
+def python() -> Callable[..., str]:
+    """`python(code, **environment)`: what the code prints in a fresh interpreter; fails if it fails."""
+
+    def run(code: str, **environment: str) -> str:
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"} | environment,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    return run
+
+
+@pytest.fixture
+def one_sentence() -> Callable[..., None]:
+    """`one_sentence(text)`: a message fit for a user: one line, no traceback, no repr of an exception."""
+
+    def check(error: BaseException, *wanted: str) -> None:
+        message = str(error)
+        assert isinstance(error, vitok.InputError)
+        assert message and "\n" not in message.strip() and "Traceback" not in message and len(message) < 400
+        for part in wanted:
+            assert part in message, message
+
+    return check
+
+
+@pytest.fixture
+def judge() -> Callable[[Tensor, Tensor, Tensor], None]:
+    """`judge(actual, baseline, oracle)`: as near to the float64 oracle as the eager composition in the same dtype is.
+
+    Largest error at most twice and RMS error at most 1.5 times the baseline's, each with a floor of a few roundings.
+    """
+
+    def check(actual: Tensor, baseline: Tensor, oracle: Tensor) -> None:
+        floor = 2 * torch.finfo(actual.dtype).eps * oracle.abs().max().item()
+        ours, theirs = ((x.double() - oracle).abs() for x in (actual, baseline))
+        assert actual.dtype == baseline.dtype and actual.shape == oracle.shape and not actual.isnan().any()
+        print(f"max {ours.max():.2e} / {theirs.max():.2e}, rms {ours.square().mean().sqrt():.2e}")
+        assert ours.max() <= 2 * theirs.max() + floor
+        assert ours.square().mean().sqrt() <= 1.5 * theirs.square().mean().sqrt() + floor
+
+    return check
