@@ -31,7 +31,7 @@ def tiny() -> Callable[..., vitok.ViTok]:
             name = "B-B/8"
         sizes = {
             "channels": 4, "encoder_width": 48, "encoder_heads": 2, "encoder_depth": 2, "encoder_hidden": 80,
-            "decoder_width": 96, "decoder_heads": 3, "decoder_depth": 2, "decoder_hidden": 136,
+            "decoder_width": 96, "decoder_heads": 4, "decoder_depth": 2, "decoder_hidden": 136,
         }  # fmt: skip
         model = vitok.create_model(name, preset=preset, **(sizes | fields)).eval()
         generator = torch.Generator().manual_seed(seed)

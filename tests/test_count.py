@@ -47,8 +47,8 @@ def test_the_table_of_operations(name, size, frames, gmac, tokens):
 
 
 def test_the_paper_preset():
-    """Hidden 2048 without biases: the paper's own 34.8 from below."""
-    assert f"{vitok.count('S-B/16', channels=16).macs / 1e9:.2f}" == "34.70"
+    """Hidden 2048 instead of 2050."""
+    assert f"{vitok.count('S-B/16', channels=16).macs / 1e9:.2f}" == "34.74"
 
 
 def counted_by_torch(model: vitok.ViTok, pixels: torch.Tensor, size: tuple[int, ...]) -> tuple[int, int]:

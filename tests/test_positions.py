@@ -52,9 +52,7 @@ def test_table_follows_the_formula(kind, head_dim):
             angles = [row * theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
         else:
             split = axis_channels(kind, head_dim)
-            angles = [
-                at * theta ** (-2 * i / n) for at, n in zip((t, y, x), split, strict=True) for i in range(n // 2)
-            ]
+            angles = [at * theta ** (-2 * i / n) for at, n in zip((t, y, x), split, strict=True) for i in range(n // 2)]
         expected = torch.tensor([[math.cos(a) for a in angles], [math.sin(a) for a in angles]])
         # float32 angles: a rounding or two of the largest
         torch.testing.assert_close(table[:, row], expected, rtol=0, atol=1e-7 * (2 + 3 * max(angles)))

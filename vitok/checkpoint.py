@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vitok.config import COMMON_NAMES, ViTokConfig, _suggest
+from vitok.config import COMMON_NAMES, ViTokConfig, _suggest, listed
 from vitok.errors import InputError
 from vitok.io.files import atomic_path
 from vitok.model import ViTok
@@ -128,9 +128,7 @@ def _read_weights(path: Path, model: ViTok) -> dict[str, torch.Tensor]:
     expected = model.state_dict()
     for problem, keys in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if keys:
-            names = sorted(keys)
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise InputError(f"{path} {problem} weight(s) {', '.join(names[:3])}{more}")
+            raise InputError(f"{path} {problem} weight(s) {listed(keys)}")
     for key, value in state.items():
         if value.shape != expected[key].shape or not value.is_floating_point():
             raise InputError(

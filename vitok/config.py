@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,7 +157,7 @@ class ViTokConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         for problem, fields in (("lacks", known - values.keys()), ("has unknown", values.keys() - known)):
             if fields:
-                raise InputError(f"the model config {problem} field(s) {', '.join(sorted(fields))}")
+                raise InputError(f"the model config {problem} field(s) {listed(fields)}")
         return cls(**values)
 
     def hash(self) -> str:
@@ -272,6 +272,12 @@ def _parse_stack(text: str, name: str, preset: Preset) -> StackConfig:
         raise InputError(f"unknown size {text!r} in model name {name!r}; this preset has {', '.join(preset.sizes)}")
     width, depth, heads = (int(values.get(key, size)) for key, size in zip("wdh", base or (0, 0, 0), strict=True))
     return StackConfig(width, depth, heads, preset.hidden(width, values.get("m", preset.factor)))
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, sorted, and how many more there are."""
+    first, rest = sorted(names)[:4], sorted(names)[4:]
+    return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
 
 
 def _suggest(word: str, known: Any) -> str:

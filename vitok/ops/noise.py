@@ -50,7 +50,7 @@ def normal_noise(seed: int, sample_ids: Tensor, elements: int) -> Tensor:
     radius = torch.sqrt(-2.0 * torch.log(torch.stack((u0, u2), -1)))
     angle = 2.0 * math.pi * torch.stack((u1, u3), -1)
     pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
-    return pairs.reshape(len(sample_ids), -1)[:, :elements].float()
+    return pairs.flatten(1)[:, :elements].float()
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:

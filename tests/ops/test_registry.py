@@ -1,0 +1,56 @@
+"""How an implementation is chosen, and refused, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from vitok import ops
+from vitok.ops._registry import OPS, Implementation, ImplementationError, Op
+
+
+@pytest.fixture
+def op():
+    made = Op(
+        "made_up",
+        Implementation("absent", lambda x: "absent", missing=lambda: "it is not built"),
+        Implementation("picky", lambda x: "picky", refuses=lambda x: "" if x > 0 else f"{x} is not positive"),
+        Implementation("reference", lambda x: "reference"),
+    )
+    yield made
+    del OPS["made_up"]
+
+
+def test_auto_takes_the_first_that_can(op):
+    assert op("auto", 1) == "picky"
+    assert op("auto", -1) == "reference"
+
+
+def test_a_name_gives_that_one_or_the_reason_and_never_another(op, one_sentence):
+    assert op("picky", 1) == "picky" and op("reference", 1) == "reference"
+    for impl, argument, reason in (("absent", 1, "it is not built"), ("picky", -1, "-1 is not positive")):
+        with pytest.raises(ImplementationError) as error:
+            op(impl, argument)
+        one_sentence(error.value, "made_up", repr(impl), reason)
+
+
+def test_unknown_implementation(op, one_sentence):
+    with pytest.raises(ImplementationError) as error:
+        op("cuda", 1)
+    one_sentence(error.value, "made_up has no implementation 'cuda'; it has absent, picky, reference")
+
+
+def test_choices(op):
+    made = [choice for choice in ops.choices() if choice.op == "made_up"]
+    assert [dataclasses.astuple(choice)[1:] for choice in made] == [
+        ("absent", False, "it is not built"), ("picky", True, ""), ("reference", True, ""),
+    ]  # fmt: skip
+
+
+def test_every_op_has_a_reference_that_is_always_usable_and_comes_last():
+    rows = {op: [choice for choice in ops.choices() if choice.op == op] for op in OPS}
+    assert {"attention", "gated_mlp_act", "norm", "qk_norm_rope", "tubelet_embed", "tubelet_unembed"} <= rows.keys()
+    for choices in rows.values():
+        assert choices[-1].implementation == "reference" and choices[-1].usable
+        assert all(choice.usable is not bool(choice.reason) for choice in choices)
