@@ -102,8 +102,9 @@ def model_directory(model: str | Path) -> Path:
         return Path(str(resources.files("vitok") / "weights" / str(model)))
     directory = Path(model)
     if not directory.exists():
+        names = ", ".join(bundled()) or "none"
         raise InputError(
-            f"there is no model {str(model)!r}: neither bundled ({', '.join(bundled())}) nor a directory"
+            f"there are no weights {str(model)!r}: neither bundled (there are: {names}) nor a directory"
             f"{_suggest(str(model), bundled())}"
         )
     for name in (CONFIG, WEIGHTS):

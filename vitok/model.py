@@ -132,8 +132,8 @@ class ViTok(nn.Module):
         """Reconstruction (of a sample while training, of the mode otherwise) and posterior, for losses."""
         posterior = self.encode(pixels, layout=layout)
         latents = posterior.sample(seed) if self.training else posterior.mode()
-        clip, image = as_clip(pixels, layout)
-        return self.decode(latents, size=tuple(clip.shape[2 if image else 1 : 4])), posterior
+        clip, _ = as_clip(pixels, layout)
+        return self.decode(latents, size=tuple(clip.shape[1:4])), posterior
 
     def save(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors; `vitok.load(directory)` gives the same model back, bit for bit."""

@@ -1,17 +1,21 @@
-"""The `vitok` command: one module a group of subcommands; errors are one sentence and exit code 2, never a traceback."""
+"""The `vitok` command. What a user did wrong is one sentence and exit code 2, never a traceback."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import click
 
 import vitok
 from vitok.cli.codec import decode, encode
+from vitok.cli.common import TRACEBACK, describe
 from vitok.cli.inspect import info, models
+from vitok.cli.progress import one_line
+from vitok.cli.quality import evaluate
 from vitok.cli.reconstruct import reconstruct
-from vitok.cli.training import evaluate, train
+from vitok.cli.training import train
 from vitok.errors import InputError
 
 
@@ -25,27 +29,35 @@ for subcommand in (info, models, reconstruct, encode, decode, train, evaluate):
     command.add_command(subcommand)
 
 
+class Stopped(BaseException):
+    """Ctrl-C, SIGTERM or a closed terminal: unwinds everything, so that half-written files are removed."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _stop(number: int, _: object) -> None:
+    raise Stopped(number)
+
+
 def main() -> None:
     """Entry point of the console script."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _stop)
     try:
-        command.main(standalone_mode=False)
-    except InputError as error:
-        _fail(str(error), 2)
+        sys.exit(command.main(prog_name="vitok", standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; finished outputs are whole", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it closes stdout
-        sys.exit(1)
+    except Stopped as stopped:
+        _fail("interrupted; outputs under their final names are complete", 128 + stopped.number)
     except Exception as error:
-        if os.environ.get("VITOK_TRACEBACK"):
+        if TRACEBACK in os.environ and not isinstance(error, InputError):
             raise
-        reason = " ".join(str(error).split())[:500]
-        _fail(f"{type(error).__name__}: {reason} (unexpected; VITOK_TRACEBACK=1 shows where)", 1)
+        _fail(describe(error), 2 if isinstance(error, InputError) else 1)
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {one_line(message)}", err=True)
     sys.exit(code)

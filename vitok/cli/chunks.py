@@ -1,7 +1,7 @@
 """Clips a few frames at a time, so that memory does not grow with their length.
 
-A model trained on clips takes `clip_frames` frames at once; one trained on pictures takes each frame as a picture, several
-in a batch. Frames: uint8 [T, H, W, 3]. Latents of a clip: [1, c, t, h, w].
+A model trained on clips takes `clip_frames` frames at once; one trained on pictures takes each frame as a picture,
+several in a batch. Frames: uint8 [T, H, W, 3]. Latents of a clip: [1, c, t, h, w].
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from vitok.errors import InputError
 from vitok.evaluate.metrics import to_uint8
 from vitok.model import ViTok
 
@@ -40,10 +41,17 @@ def decode_frames(model: ViTok, latents: Tensor, size: tuple[int, int, int]) -> 
     return to_uint8(pixels).movedim(1, -1).cpu()
 
 
-def latent_chunks(model: ViTok, latents: Tensor, size: tuple[int, int, int]) -> list[tuple[Tensor, tuple[int, int, int]]]:
-    """Split the latents of a whole clip of size (T, H, W) as `encode_frames` made them, with the size of each chunk."""
+def latent_chunks(
+    model: ViTok, latents: Tensor, size: tuple[int, int, int]
+) -> list[tuple[Tensor, tuple[int, int, int]]]:
+    """Split the latents of a whole clip of size (T, H, W) as `encode_frames` made them, with the size of each chunk.
+
+    Raises InputError when they are not of that many frames.
+    """
     frames, height, width = size
     step = frames_at_once(model, height, width)
+    if latents.shape[2] != model.config.grid(*size)[0]:
+        raise InputError(f"latents of {latents.shape[2]} time steps do not belong to {frames} frames")
+    pieces = torch.split(latents, step // model.config.temporal_patch, dim=2)
     starts = range(0, frames, step)
-    pieces = torch.split(latents, max(1, step // model.config.temporal_patch), dim=2)
     return [(piece, (min(step, frames - start), height, width)) for piece, start in zip(pieces, starts, strict=True)]

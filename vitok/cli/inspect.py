@@ -6,6 +6,7 @@ import dataclasses
 import json
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import click
@@ -40,9 +41,17 @@ def collect() -> dict[str, Any]:
             "cuda_archs": library.cuda_archs() if library else [],
             "build": _native.build_facts(),
         },
-        "cpu": {"machine": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        "cpu": {
+            "machine": platform.machine(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
         "gpus": [
-            {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_gib": round(gpu.total_memory / 2**30, 1)}
+            {
+                "name": gpu.name,
+                "capability": f"{gpu.major}.{gpu.minor}",
+                "memory_gib": round(gpu.total_memory / 2**30, 1),
+            }
             for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         ],
         "ops": [dataclasses.asdict(choice) for choice in ops.choices()],
@@ -65,43 +74,80 @@ def info(as_json: bool) -> None:
     if not facts["gpus"]:
         click.echo("gpu: none that torch can use")
     if native["available"]:
-        archs = ", ".join(native["cuda_archs"]) or f"none ({native['build'].get('cuda_reason') or 'built without CUDA'})"
-        click.echo(f"native library: {native['cpu_isa']} of {', '.join(native['cpu_isas'])}; CUDA architectures {archs}")
+        archs = (
+            ", ".join(native["cuda_archs"]) or f"none ({native['build'].get('cuda_reason') or 'built without CUDA'})"
+        )
+        click.echo(
+            f"native library: {native['cpu_isa']} of {', '.join(native['cpu_isas'])}; CUDA architectures {archs}"
+        )
     else:
         click.echo(f"native library: not used: {native['reason']}")
     for name, value in native["build"].items():
-        click.echo(f"  {name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+        if value not in ("", []):
+            click.echo(f"  {name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
     rows = [(c["op"], c["implementation"], "yes" if c["usable"] else "no", c["reason"]) for c in facts["ops"]]
-    show_table("ops (auto takes the first usable that accepts the arguments)", ("op", "implementation", "usable", "why not"), rows, left=4)
+    show_table(
+        "ops (auto takes the first usable that accepts the arguments)",
+        ("op", "implementation", "usable", "why not"),
+        rows,
+        text=range(4),
+    )
 
 
 @click.command()
-@click.option("--size", type=click.IntRange(1), default=256, show_default=True, help="Side of the square input, pixels.")
+@click.option(
+    "--size", type=click.IntRange(1), default=256, show_default=True, help="Side of the square input, pixels."
+)
 @click.option("--frames", type=click.IntRange(1), default=1, show_default=True, help="Frames of the input.")
 @click.option("--channels", type=click.IntRange(1), help="Latent channels of the random-weight models.  [default: 16]")
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="paper", show_default=True)
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    default="paper",
+    show_default=True,
+    help="Of the random-weight models.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 @click.argument("names", nargs=-1)
 def models(names: tuple[str, ...], size: int, frames: int, channels: int | None, preset: str, as_json: bool) -> None:
-    """Parameters and operations of models at an input size; all known ones, or NAMES."""
+    """Parameters and operations of models at an input size.
+
+    NAMES are bundled models, model directories and architectures such as S-B/4x8; by default all known ones.
+    """
     rows = []
     for name in names or (*bundled(), *(n for n in COMMON_NAMES if _has_sizes(n, preset))):
-        known = name in bundled()
-        config = read_config(model_directory(name) / CONFIG) if known else ViTokConfig.from_name(name, preset=preset, channels=channels)
-        rows.append({"name": name, "weights": known, "channels": config.channels, **dataclasses.asdict(count(config, size=size, frames=frames))})
+        stored = "/" not in name or Path(name).is_dir()  # the names of architectures have a slash
+        if stored:
+            config = read_config(model_directory(name) / CONFIG)
+        else:
+            config = ViTokConfig.from_name(name, preset=preset, channels=channels)
+        about = {"name": name, "weights": stored, "preset": config.preset, "channels": config.channels}
+        rows.append({**about, **dataclasses.asdict(count(config, size=size, frames=frames))})
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    columns = ("model", "weights", "c", "encoder M", "decoder M", "total M", "tokens", "floats", "GMAC", "GFLOP")
+    columns = (
+        "model",
+        "weights",
+        "preset",
+        "c",
+        "encoder M",
+        "decoder M",
+        "total M",
+        "tokens",
+        "floats",
+        "GMAC",
+        "GFLOP",
+    )
     cells = [
         (
-            r["name"], "bundled" if r["weights"] else "random", str(r["channels"]), f"{r['encoder_params'] / 1e6:.2f}",
-            f"{r['decoder_params'] / 1e6:.2f}", f"{r['params'] / 1e6:.2f}", f"{r['tokens']:,}", f"{r['floats']:,}",
-            f"{r['macs'] / 1e9:.2f}", f"{r['flops'] / 1e9:.2f}",
+            r["name"], "yes" if r["weights"] else "random", r["preset"], str(r["channels"]),
+            f"{r['encoder_params'] / 1e6:.2f}", f"{r['decoder_params'] / 1e6:.2f}", f"{r['params'] / 1e6:.2f}",
+            f"{r['tokens']:,}", f"{r['floats']:,}", f"{r['macs'] / 1e9:.2f}", f"{r['flops'] / 1e9:.2f}",
         )
         for r in rows
     ]  # fmt: skip
-    show_table(f"models at {frames} x {size} x {size}, preset {preset} (the paper's GFLOPs are GMAC)", columns, cells, left=2)
+    show_table(f"models at {frames} x {size} x {size} (the paper's GFLOPs are GMAC)", columns, cells, text=(0, 1, 2))
 
 
 def _has_sizes(name: str, preset: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,20 +14,34 @@ import torch
 from torch import Tensor
 
 from vitok.cli.chunks import decode_frames, encode_frames, frames_at_once
-from vitok.cli.common import finish, for_each, model_options, open_folder, open_model, progress, show_table
+from vitok.cli.common import (
+    finish,
+    finite,
+    for_each,
+    inputs_argument,
+    model_options,
+    open_folder,
+    open_model,
+    show_table,
+    size_option,
+)
+from vitok.cli.media import open_source, open_target, target_path
+from vitok.cli.progress import Display
+from vitok.errors import InputError
 from vitok.evaluate.metrics import psnr, ssim
-from vitok.io import ClipReader, ClipWriter, ContactSheet, atomic_path, find_inputs, read_image, resize_and_crop, side_by_side, write_image
+from vitok.io import ContactSheet, atomic_path, find_inputs, side_by_side, write_image
 from vitok.io.files import Entry
 from vitok.model import ViTok
 
-SHEET, METRICS = "contact_sheet", "metrics.json"
+SHEET, METRICS = "contact_sheet.png", "metrics.json"
 
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table. PSNR (dB) and SSIM are means over frames; times are wall-clock milliseconds of the whole input."""
+    """One line of the table. PSNR (dB) and SSIM are means over frames; times are wall-clock, of the whole input."""
 
     input: str
+    output: str
     frames: int
     height: int
     width: int
@@ -65,10 +80,10 @@ class Reconstructor:
         self.ssims += [ssim(a, b) for a, b in zip(result, frames, strict=True)]
         return result
 
-    def result(self, name: str, height: int, width: int, note: str) -> Result:
+    def result(self, name: str, output: str, height: int, width: int, note: str) -> Result:
         frames, tokens = len(self.psnrs), int(self.tokens)
         return Result(
-            name, frames, height, width, sum(self.psnrs) / frames, sum(self.ssims) / frames, tokens,
+            name, output, frames, height, width, sum(self.psnrs) / frames, sum(self.ssims) / frames, tokens,
             tokens * self.model.config.channels, 1e3 * self.encode_s, 1e3 * self.decode_s, note,
         )  # fmt: skip
 
@@ -79,69 +94,93 @@ class Reconstructor:
 
 
 @click.command()
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@inputs_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
-@click.option("--size", type=click.IntRange(1), help="Short side to this many pixels, then the centre square.  [default: as it is]")
+@size_option
 @model_options
-def reconstruct(inputs: tuple[Path, ...], out: Path, size: int | None, model_name: str, device: str | None, dtype: str) -> None:
+def reconstruct(
+    inputs: tuple[Path, ...], out: Path, size: int | None, model_name: str, device: str | None, dtype: str
+) -> None:
     """Encode and decode pictures, clips, or folders of them.
 
     Writes original and reconstruction side by side (PNG or MP4), a contact sheet of all, and metrics.json.
     """
-    model = open_model(model_name, device, dtype)
-    entries = find_inputs(inputs)
+    entries = find_new_inputs(inputs, out)
     open_folder(out)
+    model = open_model(model_name, device, dtype)
+    names = Counter(entry.path.name for entry in entries)
     sheet, results = ContactSheet(), []
 
     @torch.inference_mode()
-    def work(entry: Entry, stem: str) -> None:
-        run = _clip if entry.kind == "clip" else _picture
-        result, pair = run(model, entry.path, out / stem, size)
+    def work(entry: Entry, stem: str, display: Display) -> None:
+        target = target_path(out, stem, entry.kind == "clip")
+        if entry.path.resolve() in (target.resolve(), (out / SHEET).resolve()):
+            raise InputError(f"{entry.path} would be overwritten by the result; choose another --out")
+        name = entry.path.name if names[entry.path.name] == 1 else str(entry.path)
+        through, pair = Reconstructor(model), None
+        with (
+            open_source(entry, size) as source,
+            open_target(target, source.fps) as write,
+            display.track(source.frames, "frames", entry.path.name) as advance,
+        ):
+            for chunk in source.chunks(frames_at_once(model, source.height, source.width)):
+                reconstruction = through(chunk)
+                write(side_by_side(chunk, reconstruction))
+                pair = pair or (chunk[0].clone(), reconstruction[0].clone())
+                advance(len(chunk), entry.path.name)
+        assert pair is not None  # a source gives at least one frame or raises
+        result = through.result(name, target.name, source.height, source.width, source.note)
         results.append(result)
         sheet.add(*pair, f"{entry.path.name}\n{result.psnr:.2f} dB, {result.floats:,} floats")
 
     failed = for_each(entries, work, reserved=SHEET)
     if results:
-        write_image(out / f"{SHEET}.png", sheet.render())
+        write_image(out / SHEET, sheet.render())
         with atomic_path(out / METRICS) as path:
-            rows = [{**dataclasses.asdict(result), "compression": result.compression} for result in results]
-            path.write_text(json.dumps({"model": model_name, "dtype": dtype, "device": str(model.device), "results": rows}, indent=2) + "\n")
+            about = {"model": model_name, "dtype": dtype, "device": str(model.device)}
+            path.write_text(json.dumps({**about, "results": [_as_json(result) for result in results]}, indent=2) + "\n")
         _show(model_name, results)
-        click.echo(f"pictures: {out / SHEET}.png and {len(results)} comparisons beside it")
+        click.echo(f"in {out}: {len(results)} side by side, {SHEET}, {METRICS}")
     finish(len(entries), failed, "reconstructed")
 
 
-def _picture(model: ViTok, path: Path, target: Path, size: int | None) -> tuple[Result, tuple[Tensor, Tensor]]:
-    read = read_image(path)
-    original = read.pixels if size is None else resize_and_crop(read.pixels, size)
-    through = Reconstructor(model)
-    reconstruction = through(original[None])[0]
-    write_image(target.with_name(target.name + ".png"), side_by_side(original, reconstruction))
-    return through.result(path.name, *original.shape[:2], read.note), (original, reconstruction)
+def find_new_inputs(paths: tuple[Path, ...], out: Path) -> list[Entry]:
+    """The inputs without what an earlier run left in `out`, where that lies in one of the folders.
+
+    Raises InputError if `out` is one of the folders: results and inputs could not be told apart any more.
+    """
+    out, named = out.resolve(), {path.resolve() for path in paths}
+    if out in named:
+        raise InputError(f"--out {out} is also an input; choose another folder for the results")
+
+    def is_left_over(path: Path) -> bool:
+        asked_for = named & {path, *path.parents}
+        return out in path.parents and all(out not in place.parents for place in asked_for)
+
+    entries = [entry for entry in find_inputs(paths) if not is_left_over(entry.path.resolve())]
+    if not entries:
+        raise InputError(f"there is no picture or clip but the results in --out {out}")
+    return entries
 
 
-def _clip(model: ViTok, path: Path, target: Path, size: int | None) -> tuple[Result, tuple[Tensor, Tensor]]:
-    with ClipReader(path) as reader:
-        height, width = (reader.height, reader.width) if size is None else (size, size)
-        through, shown = Reconstructor(model), None
-        with ClipWriter(target.with_name(target.name + ".mp4"), reader.fps) as writer, progress(reader.frames, "frames") as advance:
-            for chunk in reader.chunks(frames_at_once(model, height, width)):
-                frames = chunk if size is None else resize_and_crop(chunk, size)
-                reconstruction = through(frames)
-                writer.write(side_by_side(frames, reconstruction))
-                shown = shown or (frames[0].clone(), reconstruction[0].clone())
-                advance(len(frames), path.name)
-    assert shown is not None  # a reader gives at least one frame or raises
-    return through.result(path.name, height, width, ""), shown
+def _as_json(result: Result) -> dict[str, object]:
+    return {**dataclasses.asdict(result), "psnr": finite(result.psnr), "compression": result.compression}
 
 
 def _show(model: str, results: list[Result]) -> None:
-    columns = ("input", "note", "frames", "size", "PSNR dB", "SSIM", "tokens", "floats", "compression", "encode ms", "decode ms")
+    columns = (
+        "input", "frames", "size", "PSNR dB", "SSIM", "tokens", "floats", "compression", "encode ms", "decode ms",
+        "note",
+    )  # fmt: skip
+    clips = any(r.frames > 1 for r in results)
     rows = [
         (
-            r.input, r.note, str(r.frames), f"{r.width}x{r.height}", f"{r.psnr:.2f}", f"{r.ssim:.4f}", f"{r.tokens:,}",
-            f"{r.floats:,}", f"{r.compression:.1f}x", f"{r.encode_ms:.0f}", f"{r.decode_ms:.0f}",
+            r.input, str(r.frames) if clips else "", f"{r.width}x{r.height}", f"{r.psnr:.2f}", f"{r.ssim:.4f}",
+            f"{r.tokens:,}", f"{r.floats:,}", f"{r.compression:.1f}x", f"{r.encode_ms:.0f}", f"{r.decode_ms:.0f}",
+            r.note,
         )
         for r in results
     ]  # fmt: skip
-    show_table(f"{model}: reconstructions (compression: pixel values for each latent float)", columns, rows, left=2)
+    show_table(
+        f"{model}: reconstructions (compression: pixel values for each latent float)", columns, rows, text=(0, 10)
+    )

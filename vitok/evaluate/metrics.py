@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vitok.errors import InputError
 
@@ -28,22 +27,31 @@ def ssim(a: Tensor, b: Tensor) -> float:
     mean over colours. Sides shorter than 11 use a window of that length.
     """
     _check(a, b)
-    x, y = (t.double().reshape(-1, *t.shape[-3:]).movedim(-1, 1).flatten(0, 1)[:, None] for t in (a, b))
+    frames = zip(a.reshape(-1, *a.shape[-3:]), b.reshape(-1, *b.shape[-3:]), strict=True)
+    planes = [_ssim_plane(x[..., colour].double(), y[..., colour].double()) for x, y in frames for colour in range(3)]
+    return sum(planes) / len(planes)
+
+
+def _ssim_plane(x: Tensor, y: Tensor) -> float:
+    """SSIM of two float64 planes [H, W]; one plane at a time and by shifted sums, because a frame of video is large."""
 
     def blur(t: Tensor) -> Tensor:
-        for dim in (2, 3):
-            n = min(11, t.shape[dim])
-            window = torch.exp(-((torch.arange(n, dtype=torch.float64) - (n - 1) / 2) ** 2) / (2 * 1.5**2))
-            t = F.conv2d(t, (window / window.sum()).view((1, 1, n, 1) if dim == 2 else (1, 1, 1, n)))
+        for dim in (0, 1):
+            taps = min(11, t.shape[dim])
+            window = torch.exp(-((torch.arange(taps, dtype=torch.float64) - (taps - 1) / 2) ** 2) / (2 * 1.5**2))
+            length = t.shape[dim] - taps + 1
+            total = t.new_zeros(length, t.shape[1]) if dim == 0 else t.new_zeros(t.shape[0], length)
+            for i, tap in enumerate((window / window.sum()).tolist()):
+                total.add_(t.narrow(dim, i, length), alpha=tap)
+            t = total
         return t
 
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
     cov = blur(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return float(
-        (((2 * mean_x * mean_y + c1) * (2 * cov + c2)) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean()
-    )
+    likeness = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
+    return float((likeness / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean())
 
 
 def _check(a: Tensor, b: Tensor) -> None:
