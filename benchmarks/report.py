@@ -21,9 +21,10 @@ def table(path: Path) -> str:
         fastest = min(rows)[0]
         lines += [f"| {group} | {name} | {1e3 * median:.3f} | {median / fastest:.2f}x |" for median, name in rows]
     lines.append("")
+    cpu = machine["cpu"].get("brand_raw", machine["processor"])
     lines.append(
-        f"{result['datetime'][:10]}, {machine['cpu'].get('brand_raw', machine['processor'])}, {facts['threads']} threads, "
-        f"{facts['cpu_isa']}, torch {facts['torch']}, commit {facts['commit'][:12]}"
+        f"{result['datetime'][:10]}, {cpu}, {facts['threads']} threads, {facts['cpu_isa']}, torch {facts['torch']}, "
+        f"commit {facts['commit'][:12]}"
     )
     return "\n".join(lines)
 

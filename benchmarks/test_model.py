@@ -24,4 +24,4 @@ def test_model(benchmark, model, batch, direction):
     benchmark.group = f"{direction} {batch} x 256 x 256"
     benchmark.extra_info["provider"] = name
     benchmark.extra_info["pictures"] = batch
-    benchmark(tokenizer.encode if direction == "encode" else tokenizer.decode, pixels if direction == "encode" else latents)
+    benchmark(*((tokenizer.encode, pixels) if direction == "encode" else (tokenizer.decode, latents)))

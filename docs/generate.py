@@ -43,13 +43,16 @@ def heldout() -> str:
 
 
 def examples() -> str:
-    """What `make demo` measures, from `vitok reconstruct examples --size 256`; times are left to the reader's machine."""
+    """What `vitok reconstruct examples --size 256` measures, but for the times."""
     result = json.loads((RESULTS / "demo-examples.json").read_text())
-    lines = ["| input | frames | size | PSNR dB | SSIM | tokens | floats | compression |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| input | frames | size | PSNR dB | SSIM | tokens | floats | compression |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in result["results"]:
         lines.append(
-            f"| {row['input']} | {row['frames']} | {row['width']} x {row['height']} | {row['psnr']:.2f} | {row['ssim']:.4f} "
-            f"| {row['tokens']:,} | {row['floats']:,} | {row['compression']:.1f}x |"
+            f"| {row['input']} | {row['frames']} | {row['width']} x {row['height']} | {row['psnr']:.2f} "
+            f"| {row['ssim']:.4f} | {row['tokens']:,} | {row['floats']:,} | {row['compression']:.1f}x |"
         )
     return "\n".join(lines)
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 import vitok
 
+torch.set_num_threads(1)  # everything here is too small to share
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

@@ -60,6 +60,18 @@ def test_load_into_another_dtype(tiny, saved):
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
 
 
+def test_a_saved_model_is_as_readable_as_the_umask_says(tiny, tmp_path):
+    umask = os.umask(0o022)
+    try:
+        tiny().save(tmp_path / "model")
+    finally:
+        os.umask(umask)
+    assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {
+        "config.json": 0o644,
+        "model.safetensors": 0o644,
+    }
+
+
 def test_save_over_the_directory_it_came_from(saved, pixels):
     """The loaded weights may still be mapped from the file that is replaced."""
     model, picture = vitok.load(saved), pixels(1, 16, 24, 3)
@@ -167,8 +179,9 @@ BIAS = "encoder.embed.bias"
         ),
         (lambda state: state.update({BIAS: torch.ones(48, dtype=torch.int64)}), "got torch.int64 [48]"),
         (lambda state: state.clear(), " and 40 more"),
+        (lambda state: state.update({BIAS: torch.ones(48).half()}), "of one dtype, got torch.float16, torch.float32"),
     ],
-    ids=["missing", "extra", "shape", "dtype", "empty"],
+    ids=["missing", "extra", "shape", "dtype", "empty", "mixed dtypes"],
 )
 def test_weights_that_do_not_fit(saved, change, message, one_sentence):
     rewritten(saved, change)

@@ -43,13 +43,11 @@ assert all(c.usable for c in vitok.ops.choices() if c.implementation == "referen
 try:
     vitok.ops.tubelet_gather(torch.zeros(1, 1, 8, 8, 3), tubelet=(1, 8), impl="native")
 except vitok.InputError as error:
-    print(native.usable, "|", native.reason, "|", error, "|", posterior.mean.sum().item())
+    print(native.usable, "|", native.reason, "|", error)
 """
-    usable, reason, error, total = python(code, VITOK_NATIVE="off").split(" | ")
+    usable, reason, error = python(code, VITOK_NATIVE="off").split(" | ")
     assert usable == "False" and reason == "VITOK_NATIVE=off in the environment"
     assert reason in error and "'native'" in error
-    with_native = python(code.replace('impl="native"', 'impl="nativ"'))
-    assert with_native.endswith(f"| {total}"), "the reference path gives the same bits"
 
 
 def test_public_names():

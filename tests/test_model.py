@@ -39,7 +39,10 @@ def rotate_2d(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """The first half of the head by the row, the second by the column."""
     index, half = torch.arange(math.prod(grid)), x.shape[-1] // 2
     places = (index // grid[1], index % grid[1])
-    parts = [interleaved(part, at.double()[:, None] * frequencies(half)) for part, at in zip(x.chunk(2, -1), places)]
+    parts = [
+        interleaved(part, at.double()[:, None] * frequencies(half))
+        for part, at in zip(x.chunk(2, -1), places, strict=True)
+    ]
     return torch.cat(parts, -1)
 
 
@@ -465,14 +468,15 @@ def test_gradients_reach_every_parameter_and_the_pixels(tiny):
 def test_compiles_whole(tiny, pixels, preset):
     torch.compiler.reset()
     model, picture = tiny("S-B/4x8" if preset != "v2" else "S-S/8", preset=preset), pixels(1, 5, 20, 30, 3)
+
+    def whole(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        posterior = model.encode(x)
+        return posterior.mean, posterior.sample(seed=3), model.decode(posterior.mode(), size=(5, 20, 30))
+
     with torch.no_grad():
-        latents = model.encode(picture).mean
-        encode = torch.compile(lambda x: model.encode(x).mean, fullgraph=True, backend="eager")
-        decode = torch.compile(lambda z: model.decode(z, size=(5, 20, 30)), fullgraph=True, backend="eager")
-        assert torch.equal(encode(picture), latents)
-        assert torch.equal(decode(latents), model.decode(latents, size=(5, 20, 30)))
-        sample = torch.compile(lambda x: model.encode(x).sample(seed=3), fullgraph=True, backend="eager")
-        assert torch.equal(sample(picture), model.encode(picture).sample(seed=3))
+        compiled = torch.compile(whole, fullgraph=True, backend="eager")(picture)
+        for actual, expected in zip(compiled, whole(picture), strict=True):
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 16, 3), (1, 3, 4, 16, 3), (2, 3, 3, 3), (1, 3, 16, 16, 3)])

@@ -136,4 +136,6 @@ def _read_weights(path: Path, model: ViTok) -> dict[str, torch.Tensor]:
                 f"{path}: weight {key} must be floating point {list(expected[key].shape)}, "
                 f"got {value.dtype} {list(value.shape)}"
             )
+    if len(dtypes := {value.dtype for value in state.values()}) > 1:
+        raise InputError(f"{path}: weights must be of one dtype, got {', '.join(sorted(map(str, dtypes)))}")
     return state

@@ -137,7 +137,11 @@ def test_2d_equals_interleaved_halves_after_permuting_channels():
     frequencies = 10000.0 ** (-torch.arange(0, d // 2, 2, dtype=torch.float64) / (d // 2))
     row, column = torch.arange(20) // 5, torch.arange(20) % 5
     expected = torch.cat(
-        [interleaved(half, at.double()[:, None] * frequencies) for half, at in zip(x.chunk(2, -1), (row, column))], -1
+        [
+            interleaved(half, at.double()[:, None] * frequencies)
+            for half, at in zip(x.chunk(2, -1), (row, column), strict=True)
+        ],
+        -1,
     )
     order = torch.cat((torch.arange(0, d, 2), torch.arange(1, d, 2)))
     qkv = x[:, order].view(1, 20, 1, 1, d).expand(1, 20, 3, 1, d)

@@ -88,6 +88,12 @@ def test_uint8_equals_its_float_image(impl):
     assert tubelet_gather(ends, tubelet=(1, 1), impl=impl).flatten().tolist() == [-1] * 3 + [1] * 3
 
 
+def test_float64_throughout():
+    pixels = random_pixels()
+    rows = tubelet_gather(pixels, tubelet=(2, 8), dtype=torch.float64)
+    torch.testing.assert_close(rows, by_hand(pixels, 2, 8, "edge"), rtol=0, atol=1e-15)
+
+
 @impls
 def test_padding(impl):
     pixels = random_pixels(shape=(1, 1, 3, 3, 3))

@@ -17,7 +17,7 @@ from vitok.cli.progress import Display
 def train(config: Path, assignments: tuple[str, ...], device: str | None) -> None:
     """Train a model as the YAML file CONFIG says, with fields replaced by KEY=VALUE.
 
-    Goes on where a stopped run left off. Ctrl-C or SIGTERM stops after the step at hand and saves (exit code 130).
+    Goes on where a stopped run left off. Ctrl-C or SIGTERM stops after the step at hand and saves.
     """
     from vitok.train.config import TrainConfig
     from vitok.train.trainer import MODEL, Trainer
@@ -33,4 +33,3 @@ def train(config: Path, assignments: tuple[str, ...], device: str | None) -> Non
     click.echo(f"step {trainer.step} of {settings.steps}; averaged model in {trainer.out / MODEL}")
     if trainer.step < settings.steps:
         click.echo("stopped early; the same command goes on from here", err=True)
-        raise SystemExit(130)

@@ -77,11 +77,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Not tempfile.mkstemp: its mode 0600 would survive the rename, and the umask should decide.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = temporary.stat().st_mode & 0o777
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
     try:
         yield temporary
         try:
+            temporary.chmod(mode)  # some writers (safetensors) put a private file of their own in its place
             _flush(temporary)
             os.replace(temporary, target)
             _flush_folder(target.parent)

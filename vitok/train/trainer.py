@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import hashlib
@@ -46,14 +47,9 @@ class Trainer:
             groups=config.groups,
         )
         torch.manual_seed(config.seed)
-        self.model = create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides).to(
-            self.device
-        )
-        self.average = (
-            create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides)
-            .to(self.device)
-            .eval()
-        )
+        model = create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides)
+        self.model = model.to(self.device)
+        self.average = copy.deepcopy(self.model).eval()
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(

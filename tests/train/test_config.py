@@ -1,0 +1,118 @@
+"""A training run as data: what a YAML file may say, and one sentence for what it may not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from vitok import InputError
+from vitok.train.config import TrainConfig
+
+NEEDED = {"data": "pictures", "out": "run"}
+
+
+def test_yaml_with_assignments(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "data: pictures\nout: run\nlearning_rate: 1e-3\nbetas: [0.8, 0.9]\nshort_side: [64, 128]\n"
+        "overrides: {rope: 2d, encoder_depth: 3}\n"
+    )
+    config = TrainConfig.load(tmp_path / "run.yaml", ("steps=7", "overrides.encoder_depth=4", "groups=^a", "beta=0"))
+    assert config.learning_rate == 1e-3 and config.betas == (0.8, 0.9) and config.short_side == (64, 128)
+    assert config.overrides == {"rope": "2d", "encoder_depth": 4}
+    assert config.steps == 7 and config.groups == "^a" and config.beta == 0.0
+
+
+def test_every_field_is_documented_and_defaults_stand():
+    assert TrainConfig.from_dict(NEEDED) == TrainConfig(**NEEDED)
+    config = TrainConfig(**NEEDED)
+    assert (config.beta, config.betas, config.weight_decay, config.grad_clip) == (1e-3, (0.9, 0.95), 1e-4, 1.0)
+    assert TrainConfig.from_dict(dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"colour": 1, 5: 2}, "unknown training field(s) 5, colour"),
+        ({"steps": 0}, "'steps' must lie between 1 and"),
+        ({"steps": "many"}, "'steps' must be int, got 'many'"),
+        ({"steps": 1.5}, "'steps' must be int, got 1.5"),
+        ({"batch": True}, "'batch' must be int, got True"),
+        ({"batch": 0}, "'batch' must lie between"),
+        ({"crop": -1}, "'crop' must lie between"),
+        ({"save_every": 0}, "'save_every' must lie between"),
+        ({"seed": -1}, "'seed' must lie between 0"),
+        ({"seed": 2**32}, "'seed' must lie between 0"),
+        ({"workers": -1}, "'workers' must lie between 0"),
+        ({"warmup": -1}, "'warmup' must lie between 0"),
+        ({"learning_rate": "fast"}, "'learning_rate' must be float, got 'fast'"),
+        ({"learning_rate": -1e-3}, "'learning_rate' must lie between 0"),
+        ({"learning_rate": float("nan")}, "'learning_rate' must lie between 0"),
+        ({"beta": None}, "'beta' must be float, got None"),
+        ({"betas": [0.9]}, "'betas' must be tuple[float, float], got [0.9]"),
+        ({"betas": [0.9, 1.0]}, "'betas' must lie between 0 and 1"),
+        ({"ema": 1.5}, "'ema' must lie between 0 and 1"),
+        ({"grad_clip": 0}, "'grad_clip' must lie between"),
+        ({"short_side": 25}, "'short_side' must be tuple[int, int], got 25"),
+        ({"short_side": "25"}, "'short_side' must be tuple[int, int], got '25'"),
+        ({"short_side": [25, 30.5]}, "'short_side' must be tuple[int, int], got [25, 30.5]"),
+        ({"short_side": [30, 25]}, "'short_side' must be (smallest, largest), got (30, 25)"),
+        ({"groups": "("}, "'groups' must be a regular expression"),
+        ({"pixel_loss": "l3"}, "'pixel_loss' must be one of l2, l1, log_l2, got 'l3'"),
+        ({"precision": "fp16"}, "'precision' must be one of auto, bf16, fp32"),
+        ({"model": 16}, "'model' must be str, got 16"),
+        ({"overrides": ["rope"]}, "'overrides' must be dict"),
+        ({"overrides": {"channels": 4}}, "'overrides' must hold fields of the model's config, got 'channels'"),
+        ({"overrides": {"colour": 4}}, "'overrides' must hold fields of the model's config, got 'colour'"),
+        ({"overrides": {3: 4}}, "'overrides' must hold fields of the model's config, got 3"),
+    ],
+)
+def test_bad_fields(fields, message, one_sentence):
+    with pytest.raises(InputError) as error:
+        TrainConfig.from_dict(NEEDED | fields)
+    one_sentence(error.value, message)
+
+
+def test_missing_fields(one_sentence):
+    with pytest.raises(InputError) as error:
+        TrainConfig.from_dict({"steps": 3})
+    one_sentence(error.value, "lacks data, out")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must be a mapping of field to value, got NoneType"),
+        ("- data", "must be a mapping of field to value, got list"),
+        ("data: [", "cannot read training config"),
+        ("\udcff", "cannot read training config"),
+        ("!!python/object/apply:os.abort []", "cannot read training config"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, text, message, one_sentence):
+    (tmp_path / "run.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError) as error:
+        TrainConfig.load(tmp_path / "run.yaml")
+    one_sentence(error.value, message, "run.yaml")
+
+
+def test_no_file(tmp_path, one_sentence):
+    with pytest.raises(InputError) as error:
+        TrainConfig.load(tmp_path / "nothing.yaml")
+    one_sentence(error.value, "cannot read training config", "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("steps", "expected key=value, got 'steps'"),
+        ("steps=[", "cannot read the value of 'steps=['"),
+        ("steps.more=1", "'steps' is no mapping"),
+        ("colour=1", "unknown training field(s) colour"),
+    ],
+)
+def test_bad_assignments(tmp_path, assignment, message, one_sentence):
+    (tmp_path / "run.yaml").write_text("data: a\nout: b\nsteps: 3\n")
+    with pytest.raises(InputError) as error:
+        TrainConfig.load(tmp_path / "run.yaml", (assignment,))
+    one_sentence(error.value, message)

@@ -1,0 +1,276 @@
+"""The training loop: it learns, stops when told, and goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vitok
+from vitok import InputError
+from vitok.evaluate.pca import fit_pca
+from vitok.train import trainer as trainer_module
+from vitok.train.config import TrainConfig
+from vitok.train.trainer import Trainer, learning_rate
+
+SIZES = {
+    "encoder_width": 48,
+    "encoder_heads": 2,
+    "encoder_depth": 1,
+    "decoder_width": 48,
+    "decoder_heads": 2,
+    "decoder_depth": 1,
+}
+
+
+@pytest.fixture
+def config(pictures, tmp_path):
+    def make(out: str = "run", **fields: object) -> TrainConfig:
+        defaults = {
+            "data": str(pictures), "out": str(tmp_path / out), "model": "S-S/8", "channels": 4, "overrides": SIZES,
+            "steps": 6, "batch": 4, "crop": 16, "short_side": (16, 32), "learning_rate": 1e-3, "warmup": 2, "ema": 0.9,
+            "precision": "fp32", "workers": 0, "save_every": 100,
+        }  # fmt: skip
+        return TrainConfig.from_dict(defaults | fields)
+
+    return make
+
+
+def state_of(config: TrainConfig) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.out) / "state.safetensors")
+
+
+def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_goes_down(config, precision):
+    losses, rates = [], []
+    run = Trainer(config(steps=20, learning_rate=3e-3, warmup=2, precision=precision))
+    run.run(lambda step, metrics: (losses.append(metrics["pixel"]), rates.append(metrics["lr"])))
+    assert run.step == 20 == len(losses)
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert max(rates) == pytest.approx(3e-3) and rates[-1] < 1e-4
+    model = vitok.load(run.out / "model")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), run.average.parameters(), strict=True))
+    assert not torch.equal(model.encoder.embed.weight, run.model.encoder.embed.weight), "exported weights are averaged"
+
+
+def test_metrics_are_what_they_say(config):
+    run = Trainer(config(beta=0.5))
+    metrics = run.train_step(run.data[0], 0)
+    assert metrics["loss"] == pytest.approx(metrics["pixel"] + 0.5 * metrics["kl"], rel=1e-5)
+    assert metrics["lr"] == 0.5e-3 and metrics["grad_norm"] > 0
+    with torch.no_grad():
+        target = run.data[1].float().movedim(-1, 1) * (2 / 255) - 1
+        reconstruction, posterior = run.model(run.data[1], seed=1, layout="channels_last")
+        mse = (reconstruction - target).square()
+        expected = 10 * torch.log10(4 / (reconstruction.clamp(-1, 1) - target).square().mean((1, 2, 3))).mean()
+    metrics = run.train_step(run.data[1], 1)
+    assert metrics["pixel"] == pytest.approx(mse.mean().item(), rel=1e-5)
+    assert metrics["kl"] == pytest.approx(posterior.kl().mean().item(), rel=1e-5)
+    assert metrics["psnr"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_learning_rate_ends(config):
+    schedule = config(steps=100, warmup=10, learning_rate=2.0)
+    rates = [learning_rate(schedule, step) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0, abs=1e-12)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert learning_rate(config(steps=5, warmup=0, learning_rate=2.0), 0) == 2.0
+    assert learning_rate(config(steps=5, warmup=9, learning_rate=2.0), 4) < 2.0
+
+
+def test_matrices_decay_and_vectors_do_not(config):
+    run = Trainer(config(weight_decay=0.5, learning_rate=1e-2))
+    decay, plain = run.optimizer.param_groups
+    assert decay["weight_decay"] == 0.5 and plain["weight_decay"] == 0.0
+    assert all(p.dim() > 1 for p in decay["params"]) and all(p.dim() <= 1 for p in plain["params"])
+    assert sum(p.numel() for p in decay["params"] + plain["params"]) == run.parameters
+
+
+def test_the_average_follows_the_weights(config):
+    run = Trainer(config())
+    before = {key: value.clone() for key, value in run.average.state_dict().items()}
+    run.train_step(run.data[0], 5)
+    decay = min(0.9, 6 / 15)
+    for key, value in run.average.state_dict().items():
+        expected = decay * before[key] + (1 - decay) * run.model.state_dict()[key]
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_going_back_to_an_older_state_rewrites_the_log(config):
+    settings = config(steps=4, save_every=2)
+    Trainer(config(steps=2, save_every=2)).run()
+    old = (Path(settings.out) / "state.safetensors").read_bytes()
+    for _ in range(2):
+        (Path(settings.out) / "state.safetensors").write_bytes(old)
+        Trainer(settings).run()
+    rows = list(csv.DictReader((Path(settings.out) / "log.csv").open()))
+    assert [int(row["step"]) for row in rows] == [2, 4]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(config, signal_number):
+    whole, parts = config("whole"), config("parts")
+    Trainer(whole).run()
+    handler = signal.getsignal(signal_number)
+    first = Trainer(parts)
+    first.run(lambda step, metrics: os.kill(os.getpid(), signal_number) if step == 3 else None)
+    assert 3 <= first.step < 6 and signal.getsignal(signal_number) == handler
+    assert vitok.load(first.out / "model").config == first.model.config
+    again = Trainer(parts)
+    assert again.step == first.step
+    again.run()
+    assert identical(state_of(parts), state_of(whole))
+    assert (first.out / "log.csv").read_text().splitlines()[-1] == (
+        Path(whole.out) / "log.csv"
+    ).read_text().splitlines()[-1]
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(config):
+    Trainer(config(steps=2)).run()
+    more = Trainer(config(steps=4, save_every=1))
+    assert more.step == 2
+    more.run()
+    assert more.step == 4
+    rows = list(csv.DictReader((more.out / "log.csv").open()))
+    assert [int(row["step"]) for row in rows] == [2, 3, 4] and float(rows[-1]["loss"]) > 0
+    finished = Trainer(config(steps=4))
+    finished.run(lambda step, metrics: pytest.fail("there is nothing left to do"))
+
+
+def test_a_crash_between_checkpoints_repeats_the_lost_steps(config):
+    whole, parts = config("whole", save_every=2), config("parts", save_every=2)
+    Trainer(whole).run()
+
+    def crash(step: int, metrics: dict[str, float]) -> None:
+        if step == 5:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        Trainer(parts).run(crash)
+    again = Trainer(parts)
+    assert again.step == 4
+    again.run()
+    assert identical(state_of(parts), state_of(whole))
+    logs = [(Path(c.out) / "log.csv").read_text() for c in (parts, whole)]
+    assert logs[0] == logs[1]
+
+
+def test_a_stop_request_to_the_whole_process_group_saves_too(config, tmp_path):
+    """As batch systems and terminals send it: the processes that prepare batches get it as well."""
+    settings = config(steps=100_000, workers=2)
+    (tmp_path / "run.json").write_text(json.dumps({**settings.__dict__}))
+    code = f"""
+import json, os, signal
+from vitok.train.config import TrainConfig
+from vitok.train.trainer import Trainer
+run = Trainer(TrainConfig.from_dict(json.load(open({str(tmp_path / "run.json")!r}))))
+run.run(lambda step, metrics: os.killpg(0, signal.SIGTERM) if step == 3 else None)
+print(run.step)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 10 and Trainer(settings).step == int(result.stdout)
+
+
+def test_init_pca_equals_pca(config, monkeypatch):
+    monkeypatch.setattr(trainer_module, "PCA_CROPS", 1)
+    settings = config(init="pca", overrides=SIZES | {"final_norm": False, "pixel_bias": "element"})
+    run = Trainer(settings)
+    count = 256**2 // (4 * 16**2) + 1
+    pca = fit_pca((run.data[2**32 + i][:, None] for i in range(count)), (1, 8), 48)
+    picture = run.data[0]
+    for model in (run.model, run.average):
+        model.eval()
+        reconstruction = model.decode(model.encode(picture, layout="channels_last").mode(), size=(16, 16))
+        torch.testing.assert_close(reconstruction, pca.reconstruct(picture[:, None], 4)[:, :, 0], rtol=0, atol=2e-5)
+
+
+def test_init_from_a_directory(config, tmp_path):
+    source = vitok.create_model("S-S/8", channels=4, **SIZES)
+    source.save(tmp_path / "start")
+    run = Trainer(config(init=str(tmp_path / "start")))
+    for model in (run.model, run.average):
+        assert identical(model.state_dict(), source.state_dict())
+
+
+def test_init_from_another_kind_of_model(config, tmp_path, one_sentence):
+    vitok.create_model("S-S/8", channels=5, **SIZES).save(tmp_path / "start")
+    for init, wanted in ((str(tmp_path / "start"), "another configuration"), ("pac", "'pac'")):
+        with pytest.raises(InputError) as error:
+            Trainer(config(init=init))
+        one_sentence(error.value, wanted)
+
+
+def test_init_pca_says_what_it_needs(config, one_sentence, monkeypatch):
+    monkeypatch.setattr(trainer_module, "PCA_CROPS", 1)
+    with pytest.raises(InputError) as error:
+        Trainer(config(init="pca"))
+    one_sentence(error.value, "init 'pca' needs final_norm false")
+
+
+def test_a_run_of_another_configuration_is_not_continued(config, one_sentence):
+    Trainer(config(steps=1)).run()
+    with pytest.raises(InputError) as error:
+        Trainer(config(learning_rate=5e-4))
+    one_sentence(error.value, "holds a run with another configuration")
+    assert Trainer(config(steps=9, save_every=3, workers=1)).step == 1, "these may change"
+
+
+def test_damaged_state(config, one_sentence):
+    settings = config(steps=1)
+    Trainer(settings).run()
+    state = Path(settings.out) / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(InputError) as error:
+        Trainer(settings)
+    one_sentence(error.value, "cannot resume", str(state))
+
+
+def test_corrupt_picture_is_skipped_and_listed(config, pictures):
+    (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    run = Trainer(config(steps=1))
+    assert len(run.data) == 3 and len(run.data.skipped) == 1 and "broken.jpg" in run.data.skipped[0]
+    run.run()
+    assert run.step == 1
+
+
+def test_unusable_folders_and_models(config, tmp_path, one_sentence):
+    (tmp_path / "file").write_text("")
+    for fields, wanted in (
+        ({"data": str(tmp_path / "nothing")}, "holds no readable picture"),
+        ({"model": "S-X/8"}, "unknown size 'X'"),
+        ({"overrides": {"norm": "batch"}}, "'norm' must be one of"),
+    ):
+        with pytest.raises(InputError) as error:
+            Trainer(config(**fields))
+        one_sentence(error.value, wanted)
+    with pytest.raises(InputError) as error:
+        Trainer(config("file/run")).run()
+    one_sentence(error.value, "cannot make the run directory")
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_without_touching_the_weights(config, one_sentence):
+    run = Trainer(config())
+    with torch.no_grad():
+        run.model.encoder.embed.weight[0, 0] = float("inf")
+    before = run.model.decoder.unembed.weight.clone()
+    with pytest.raises(InputError) as error:
+        run.train_step(run.data[0], 4)
+    one_sentence(error.value, "not finite at step 4")
+    assert torch.equal(run.model.decoder.unembed.weight, before)
