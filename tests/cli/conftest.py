@@ -12,7 +12,7 @@ from vitok.cli import main
 from vitok.io import ClipWriter, write_image
 
 TINY = "Tiw64d1h1-Tiw64d1h1"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @pytest.fixture(autouse=True, scope="session")

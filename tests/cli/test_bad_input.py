@@ -252,13 +252,13 @@ def change(path, tensor=lambda t: t, **metadata):
         (lambda path: path.unlink(), "does not exist"),
         (lambda path: save_file({"weight": torch.zeros(3)}, path), "no vitok latents"),
         (lambda path: change(path, lambda t: t * float("nan")), "NaN"),
-        (lambda path: change(path, size="4x500x500"), "does not fit|must be"),
+        (lambda path: change(path, size="4x500x500"), "1 time steps do not belong to 4 frames"),
         (lambda path: change(path, size="500x500"), "does not fit"),
         (lambda path: change(path, lambda t: t[:, :5]), "must be floating point"),
-        (lambda path: change(path, lambda t: t.expand(2, *t.shape[1:])), "batch of 2"),
+        (lambda path: change(path, lambda t: t.expand(2, *t.shape[1:])), "2 time steps cannot be"),
         (lambda path: change(path, size="so big"), "metadata"),
     ],
-    ids=["truncated", "text", "missing", "other", "nan", "clip-size", "size", "channels", "batch", "metadata"],
+    ids=["truncated", "text", "missing", "other", "nan", "clip-size", "size", "channels", "steps", "metadata"],
 )
 def test_bad_latents_among_good_ones(vitok, files, models, tmp_path, damage, words):
     folder = tmp_path / "latents"

@@ -1,4 +1,5 @@
 import os
+import weakref
 from fractions import Fraction
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import vitok as package
 from vitok.checkpoint import weights_hash
 from vitok.cli.chunks import decode_frames, encode_frames, frames_at_once, latent_chunks
-from vitok.io import ClipReader, read_image, read_latents
+from vitok.io import ClipReader, LatentsReader, read_image, read_latents
 
 pytest.importorskip("av")
 GAP = 8
@@ -79,11 +80,35 @@ def test_a_clip_in_chunks(vitok, files, models, tmp_path, monkeypatch, name, fra
     with torch.inference_mode():
         chunks = [encode_frames(model, chunk) for chunk in pixels.split(step)]
         assert torch.equal(stored.latents, torch.cat(chunks, 2)) and stored.size == (frames, 32, 48)
-        pieces = latent_chunks(model, stored.latents, stored.size)
+        with LatentsReader(tmp_path / "o" / "a.safetensors") as reader:
+            pieces = list(latent_chunks(model, reader))
         assert [size[0] for _, size in pieces] == [len(chunk) for chunk in pixels.split(step)]
         for (piece, size), chunk in zip(pieces, chunks, strict=True):
             assert torch.equal(piece, chunk)
             assert decode_frames(model, piece, size).shape == (*size, 3)
+
+
+@pytest.mark.parametrize("name", ["pictures", "clips"])
+def test_a_clip_is_never_held_whole(vitok, files, models, tmp_path, monkeypatch, name):
+    """Of the latents of earlier chunks at most the last is still there, and none keeps the memory of others."""
+    monkeypatch.setattr("vitok.cli.chunks.BATCH_TOKENS", 60)  # ten frames of 2 x 3 tokens
+    made = []
+
+    def watch(latents):
+        assert sum(earlier() is not None for earlier in made) <= 1
+        assert latents.untyped_storage().nbytes() <= 2 * 4 * latents.numel()  # the mean, beside the log variance
+        made.append(weakref.ref(latents))
+        return latents
+
+    monkeypatch.setattr("vitok.cli.codec.encode_frames", lambda *a: watch(encode_frames(*a)))
+    monkeypatch.setattr("vitok.cli.codec.decode_frames", lambda m, latents, s: decode_frames(m, watch(latents), s))
+    files.clip(tmp_path / "a.mp4", 70, 32, 48)
+    for command, source, out in (("encode", "a.mp4", "l"), ("decode", "l", "o")):
+        result = vitok(command, tmp_path / source, "--out", tmp_path / out, "--model", getattr(models, name))
+        assert result.code == 0, result.err
+        assert len(made) == {"pictures": 7, "clips": 5}[name]
+        made.clear()
+    assert len(frames_of(tmp_path / "o" / "a.mp4")[1]) == 70
 
 
 def test_equal_names_do_not_overwrite_each_other(vitok, files, models, tmp_path):

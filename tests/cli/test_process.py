@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vitok as package
 from vitok.io import ClipReader, ClipWriter, read_image
 
 pytest.importorskip("av")
@@ -114,6 +115,11 @@ def test_a_reader_that_goes_away():
     assert process.stderr.read() == "" and process.wait() == 1
 
 
+def test_where_there_is_no_sighup(vitok, monkeypatch):
+    monkeypatch.delattr(signal, "SIGHUP")  # as on Windows
+    assert vitok("models").code == 0
+
+
 MEASURE = """
 import resource, sys
 from vitok.cli import command
@@ -138,3 +144,21 @@ def test_memory_does_not_grow_with_the_length_of_a_clip(models, tmp_path, model)
         peaks[frames] = int(done.stdout.split("peak ")[1])
     assert peaks[640] < 1.5e9
     assert peaks[640] - peaks[64] < 100e6
+
+
+@pytest.mark.long
+def test_memory_does_not_grow_with_the_latents_of_a_clip(tmp_path):
+    """Of a model whose latents are larger than the pixels: 168 MB for ten chunks, 50 MB for three."""
+    model = tmp_path / "model"
+    package.create_model("Tiw64d1h1-Tiw64d1h1/16", channels=1024).save(model)
+    peaks = {}
+    for frames in (192, 640):
+        clip, latents, out = long_clip(tmp_path / f"{frames}.mp4", frames), tmp_path / f"l{frames}", tmp_path / "o"
+        for command, source, target in (("encode", clip, latents), ("decode", latents, out)):
+            arguments = [command, source, "--out", target, "--model", model]
+            done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, arguments)], **PIPES)
+            assert done.returncode == 0, done.stderr
+            peaks[command, frames] = int(done.stdout.split("peak ")[1])
+        assert (latents / f"{frames}.safetensors").stat().st_size > frames * 8 * 8 * 1024 * 4
+    for command in ("encode", "decode"):
+        assert peaks[command, 640] - peaks[command, 192] < 60e6, peaks

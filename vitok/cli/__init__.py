@@ -42,8 +42,9 @@ def _stop(number: int, _: object) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, _stop)
     try:
         sys.exit(command.main(prog_name="vitok", standalone_mode=False))

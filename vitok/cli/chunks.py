@@ -6,13 +6,14 @@ several in a batch. Frames: uint8 [T, H, W, 3]. Latents of a clip: [1, c, t, h, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
-import torch
 from torch import Tensor
 
 from vitok.errors import InputError
 from vitok.evaluate.metrics import to_uint8
+from vitok.io import LatentsReader
 from vitok.model import ViTok
 
 BATCH_TOKENS = 4096  # of pictures encoded together
@@ -41,17 +42,15 @@ def decode_frames(model: ViTok, latents: Tensor, size: tuple[int, int, int]) -> 
     return to_uint8(pixels).movedim(1, -1).cpu()
 
 
-def latent_chunks(
-    model: ViTok, latents: Tensor, size: tuple[int, int, int]
-) -> list[tuple[Tensor, tuple[int, int, int]]]:
-    """Split the latents of a whole clip of size (T, H, W) as `encode_frames` made them, with the size of each chunk.
+def latent_chunks(model: ViTok, reader: LatentsReader) -> Iterator[tuple[Tensor, tuple[int, int, int]]]:
+    """The latents of a file in the chunks that `encode_frames` made, with the size (T, H, W) of each.
 
-    Raises InputError when they are not of that many frames.
+    Raises InputError when there are not as many as the frames need.
     """
-    frames, height, width = size
+    frames, height, width = (1, *reader.size)[-3:]
     step = frames_at_once(model, height, width)
-    if latents.shape[2] != model.config.grid(*size)[0]:
-        raise InputError(f"latents of {latents.shape[2]} time steps do not belong to {frames} frames")
-    pieces = torch.split(latents, step // model.config.temporal_patch, dim=2)
-    starts = range(0, frames, step)
-    return [(piece, (min(step, frames - start), height, width)) for piece, start in zip(pieces, starts, strict=True)]
+    if reader.steps != model.config.grid(frames, height, width)[0]:
+        raise InputError(f"latents of {reader.steps} time steps do not belong to {frames} frames")
+    pieces = reader.chunks(step // model.config.temporal_patch)
+    for start, piece in zip(range(0, frames, step), pieces, strict=True):
+        yield piece, (min(step, frames - start), height, width)

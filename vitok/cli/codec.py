@@ -13,8 +13,7 @@ from vitok.cli.chunks import decode_frames, encode_frames, frames_at_once, laten
 from vitok.cli.common import finish, for_each, inputs_argument, model_options, open_folder, open_model, size_option
 from vitok.cli.media import open_source, open_target, target_path
 from vitok.cli.progress import Display
-from vitok.errors import InputError
-from vitok.io import Latents, find_inputs, read_latents, write_latents
+from vitok.io import LatentsReader, LatentsWriter, find_inputs
 from vitok.io.files import Entry
 from vitok.io.video import DEFAULT_FPS
 
@@ -39,18 +38,21 @@ def encode(
 
     @torch.inference_mode()
     def work(entry: Entry, stem: str, display: Display) -> None:
-        parts, frames = [], 0
-        with open_source(entry, size) as source, display.track(source.frames, "frames", entry.path.name) as advance:
+        with (
+            open_source(entry, size) as source,
+            LatentsWriter(
+                out / f"{stem}.safetensors",
+                (source.height, source.width),
+                clip=source.fps is not None,
+                fps=source.fps,
+                source=entry.path.name,
+                **made_by,
+            ) as writer,
+            display.track(source.frames, "frames", entry.path.name) as advance,
+        ):
             for chunk in source.chunks(frames_at_once(model, source.height, source.width)):
-                parts.append(encode_frames(model, chunk).cpu())
-                frames += len(chunk)
+                writer.write(encode_frames(model, chunk), len(chunk))
                 advance(len(chunk), entry.path.name)
-        latents, size_2d = torch.cat(parts, dim=2), (source.height, source.width)
-        if source.fps is None:
-            stored = Latents(latents.squeeze(2), size_2d, source=entry.path.name, **made_by)
-        else:
-            stored = Latents(latents, (frames, *size_2d), fps=source.fps, source=entry.path.name, **made_by)
-        write_latents(out / f"{stem}.safetensors", stored)
 
     finish(len(entries), for_each(entries, work), "encoded")
 
@@ -72,16 +74,13 @@ def decode(inputs: tuple[Path, ...], out: Path, model_name: str, device: str | N
 
     @torch.inference_mode()
     def work(entry: Entry, stem: str, display: Display) -> None:
-        stored = read_latents(entry.path, **made_by)
-        if len(stored.latents) != 1:
-            raise InputError(f"{entry.path} holds a batch of {len(stored.latents)}; decode takes one picture or clip")
-        clip = len(stored.size) == 3
-        latents = stored.latents if clip else stored.latents.unsqueeze(2)
-        frames, (height, width) = stored.size[0] if clip else 1, stored.size[-2:]
-        target, fps = target_path(out, stem, clip), (stored.fps or DEFAULT_FPS) if clip else None
-        with open_target(target, fps) as write, display.track(frames, "frames", target.name) as advance:
-            for piece, size in latent_chunks(model, latents, (frames, height, width)):
-                write(decode_frames(model, piece, size))
-                advance(size[0], target.name)
+        with LatentsReader(entry.path, **made_by) as reader:
+            clip = len(reader.size) == 3
+            frames, fps = (reader.size[0], reader.fps or DEFAULT_FPS) if clip else (1, None)
+            target = target_path(out, stem, clip)
+            with open_target(target, fps) as write, display.track(frames, "frames", target.name) as advance:
+                for latents, size in latent_chunks(model, reader):
+                    write(decode_frames(model, latents, size))
+                    advance(size[0], target.name)
 
     finish(len(entries), for_each(entries, work), "decoded")

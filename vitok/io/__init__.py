@@ -7,7 +7,7 @@ imported on first use.
 
 from vitok.io.files import MAX_PIXELS, Entry, atomic_path, find_inputs, output_stems
 from vitok.io.images import ReadImage, read_image, resize_and_crop, write_image
-from vitok.io.latents import Latents, read_latents, write_latents
+from vitok.io.latents import Latents, LatentsReader, LatentsWriter, read_latents, write_latents
 from vitok.io.sheet import ContactSheet, side_by_side
 from vitok.io.video import ClipReader, ClipWriter
 
@@ -18,6 +18,8 @@ __all__ = [
     "ContactSheet",
     "Entry",
     "Latents",
+    "LatentsReader",
+    "LatentsWriter",
     "ReadImage",
     "atomic_path",
     "find_inputs",
