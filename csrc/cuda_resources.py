@@ -76,7 +76,9 @@ def main() -> int:
         return 2
     tasks = [(source, arch) for source in SOURCES for arch in archs]
     spilled = False
-    print(f"{'source':<22}{'arch':<9}{'kernel':<34}{'instances':>9}{'registers':>10}{'stack':>7}{'spills':>8}{'shared':>8}")
+    print(
+        f"{'source':<22}{'arch':<9}{'kernel':<34}{'instances':>9}{'registers':>10}{'stack':>7}{'spills':>8}{'shared':>8}"
+    )
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
         logs = [pool.submit(compile_source, nvcc, *task) for task in tasks]
         for (source, arch), log in zip(tasks, logs, strict=True):
