@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -16,6 +15,7 @@ from vitok.cli.progress import Display
 from vitok.io import LatentsReader, LatentsWriter, find_inputs
 from vitok.io.files import Entry
 from vitok.io.video import DEFAULT_FPS
+from vitok.model import ViTok
 
 
 @click.command()
@@ -30,11 +30,7 @@ def encode(
     open_folder(out)
     model = open_model(model_name, device, dtype)
     entries = find_inputs(inputs)
-    made_by: dict[str, Any] = {
-        "model": model_name,
-        "config_hash": model.config.hash(),
-        "weights_hash": weights_hash(model),
-    }
+    made_by = _identity(model_name, model)
 
     @torch.inference_mode()
     def work(entry: Entry, stem: str, display: Display) -> None:
@@ -66,11 +62,7 @@ def decode(inputs: tuple[Path, ...], out: Path, model_name: str, device: str | N
     open_folder(out)
     model = open_model(model_name, device, dtype)
     entries = find_inputs(inputs, kinds=("latents",))
-    made_by: dict[str, Any] = {
-        "model": model_name,
-        "config_hash": model.config.hash(),
-        "weights_hash": weights_hash(model),
-    }
+    made_by = _identity(model_name, model)
 
     @torch.inference_mode()
     def work(entry: Entry, stem: str, display: Display) -> None:
@@ -84,3 +76,8 @@ def decode(inputs: tuple[Path, ...], out: Path, model_name: str, device: str | N
                     advance(size[0], target.name)
 
     finish(len(entries), for_each(entries, work), "decoded")
+
+
+def _identity(name: str, model: ViTok) -> dict[str, str]:
+    """What a latents file says of the model that made it."""
+    return {"model": name, "config_hash": model.config.hash(), "weights_hash": weights_hash(model)}
