@@ -117,7 +117,8 @@ def test_bundled_models_come_first(vitok, models, tmp_path, monkeypatch):
     assert json.loads(vitok("models", "demo", "--json").out) == rows[:1]
 
 
-def test_demo_that_is_not_bundled(vitok, nothing_bundled, files, tmp_path):
+def test_demo_that_is_not_bundled(vitok, nothing_bundled, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # `make demo` leaves a folder of that name in the repository
     picture = files.picture(tmp_path / "a.png")
     for arguments in (("models", "demo"), ("reconstruct", picture, "--out", tmp_path / "o")):
         result = vitok(*arguments)

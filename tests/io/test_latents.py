@@ -135,6 +135,12 @@ def test_views_and_undecodable_names_are_written(tmp_path):
     assert torch.equal(read.latents, turned.latents) and read.source == "?.jpg"
 
 
+def test_latents_of_one_token_are_written_as_encoders_stride_them(tmp_path):
+    one = torch.randn(1, 1, 64).transpose(1, 2).unflatten(-1, (1, 1))  # [1, 64, 1, 1], last stride 64
+    write_latents(tmp_path / "a.safetensors", dataclasses.replace(PICTURE, latents=one))
+    assert torch.equal(read_latents(tmp_path / "a.safetensors").latents, one)
+
+
 def test_latents_of_another_model(tmp_path):
     write_latents(tmp_path / "a.safetensors", PICTURE)
     with pytest.raises(

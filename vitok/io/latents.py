@@ -111,7 +111,7 @@ class LatentsWriter(AbstractContextManager["LatentsWriter"]):
         self._steps, self._frames = self._steps + shape[2], self._frames + frames
         stored = latents.detach()[0].transpose(0, 1).cpu().contiguous()
         with self._writing():
-            self._body.write(stored.view(torch.uint8).numpy().data)
+            self._body.write(stored.flatten().view(torch.uint8).numpy().data)
             self._body.flush()  # so that a full disk is noticed here
 
     def _finish(self) -> None:
