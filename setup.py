@@ -139,7 +139,9 @@ class BuildNative(build_ext):
             try:
                 facts = self.compile(build / "cuda", nvcc)
             except CompileError as error:
-                cuda_reason = f"compiling for CUDA failed: {error}"
+                # File names without their folders: the reason is recorded, and equal builds shall record the same.
+                said = re.sub(r"(?<![\w.:/])/(?:[^/\s:]+/)+", "", str(error))
+                cuda_reason = f"compiling for CUDA failed: {said}"
                 if wanted == "on":
                     raise SetupError(f"VITOK_CUDA=on, but {cuda_reason}") from error
         if cuda_reason:
