@@ -1,10 +1,11 @@
-"""Rewrite the generated tables of README.md: python docs/generate.py
+"""Rewrite the generated tables of README.md and docs/benchmarks.md: python docs/generate.py
 
 A table stands between `<!-- generated: NAME -->` and `<!-- end -->` and comes from the code or from a result file.
 """
 
 import json
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,7 +58,14 @@ def examples() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"models": models, "heldout": heldout, "examples": examples}
+def benchmarks() -> str:
+    """Timings, from `make bench`."""
+    table: Callable[[Path], str] = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))["table"]
+    return table(RESULTS / "cpu-avx512.json")
+
+
+TABLES = {"models": models, "heldout": heldout, "examples": examples, "benchmarks": benchmarks}
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 
 
 def generated(text: str) -> str:
@@ -70,5 +78,5 @@ def generated(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(generated(readme.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(generated(document.read_text()))
