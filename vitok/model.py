@@ -109,10 +109,8 @@ class ViTok(nn.Module):
             )
         image = latents.dim() == 4
         latents = (latents.unsqueeze(2) if image else latents).to(self.device, self.dtype)
-        covered = tuple(
-            n * step
-            for n, step in zip(latents.shape[2:], (self.config.temporal_patch, *[self.config.patch] * 2), strict=True)
-        )
+        q, p = self.config.tubelet
+        covered = tuple(n * step for n, step in zip(latents.shape[2:], (q, p, p), strict=True))
         frames = 1 if image else covered[0]
         wanted = covered[1:] if size is None else tuple(size)
         full = (frames, *wanted) if len(wanted) == 2 else wanted

@@ -68,12 +68,10 @@ class ImageCrops(Dataset[Tensor]):
         group = self.groups[rng.integers(len(self.groups))]
         picture = group[rng.integers(len(group))]
         short = math.exp(rng.uniform(*np.log(self.short_side)))
-        side = min(
-            self.crop * min(picture.size) / short, min(picture.size)
-        )  # the crop's side in the picture's own pixels
+        shortest = min(picture.size)
+        side = min(self.crop * shortest / short, shortest)  # of the crop, in the picture's own pixels
         left, top = (rng.uniform(0, n - side) for n in picture.size)
-        crop = picture.resize(
-            (self.crop, self.crop), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
-        )
+        box = (left, top, left + side, top + side)
+        crop = picture.resize((self.crop, self.crop), Image.Resampling.BICUBIC, box=box)
         pixels = torch.from_numpy(np.array(crop))
         return pixels.flip(1) if rng.random() < 0.5 else pixels
