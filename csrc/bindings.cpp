@@ -4,54 +4,127 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "common/tubelet_gather.h"
+#include "common/ops.h"
 #include "cpu/dispatch.h"
 #if defined(VITOK_WITH_CUDA)
-#include "cuda/tubelet_gather.h"
+#include "cuda/ops.h"
 #endif
 
 namespace py = pybind11;
 
 namespace {
 
-vitok::DType parse_dtype(const std::string& name, const char* argument) {
-    if (name == "uint8") return vitok::DType::uint8;
-    if (name == "float16") return vitok::DType::float16;
-    if (name == "bfloat16") return vitok::DType::bfloat16;
-    if (name == "float32") return vitok::DType::float32;
-    if (name == "float64") return vitok::DType::float64;
-    throw std::invalid_argument(std::string(argument) + " is '" + name +
-                                "'; it must be uint8, float16, bfloat16, float32 or float64");
+// Fills the fields of an argument struct from a Python call, by position and then by name.
+class Reader {
+   public:
+    Reader(const char* op, const py::args& args, const py::kwargs& kwargs) : op_(op), args_(args), kwargs_(kwargs) {}
+
+    template <class Field>
+    void operator()(const char* name, Field& field) {
+        const bool positional = position_ < args_.size();
+        if (!positional && !kwargs_.contains(name)) throw py::type_error(std::string(op_) + ": " + name + " is missing");
+        const py::object value = positional ? py::object(args_[position_++]) : py::object(kwargs_[name]);
+        named_ += !positional;
+        read(value, field, name);
+    }
+
+    void finish() const {
+        if (position_ < args_.size() || named_ < kwargs_.size())
+            throw py::type_error(std::string(op_) + ": more arguments than it takes");
+    }
+
+   private:
+    [[noreturn]] void refuse(const char* name, const char* wanted) const {
+        PyErr_Clear();
+        throw py::type_error(std::string(op_) + ": " + name + " must be " + wanted);
+    }
+
+    void read(py::handle value, int64_t& field, const char* name) const {
+        field = PyLong_AsLongLong(value.ptr());
+        if (field == -1 && PyErr_Occurred()) refuse(name, "an integer of 64 bits");
+    }
+    void read(py::handle value, uint64_t& field, const char* name) const {
+        field = PyLong_AsUnsignedLongLong(value.ptr());
+        if (field == static_cast<uint64_t>(-1) && PyErr_Occurred()) refuse(name, "an unsigned integer of 64 bits");
+    }
+    void read(py::handle value, bool& field, const char* name) const {
+        if (!PyBool_Check(value.ptr())) refuse(name, "a bool");
+        field = value.ptr() == Py_True;
+    }
+    void read(py::handle value, double& field, const char* name) const {
+        field = PyFloat_AsDouble(value.ptr());
+        if (field == -1.0 && PyErr_Occurred()) refuse(name, "a number");
+    }
+    void read(py::handle value, vitok::DType& field, const char* name) const {
+        const char* text = PyUnicode_Check(value.ptr()) ? PyUnicode_AsUTF8(value.ptr()) : nullptr;
+        const std::string dtype = text ? text : "";
+        if (dtype == "uint8") field = vitok::DType::uint8;
+        else if (dtype == "float16") field = vitok::DType::float16;
+        else if (dtype == "bfloat16") field = vitok::DType::bfloat16;
+        else if (dtype == "float32") field = vitok::DType::float32;
+        else if (dtype == "float64") field = vitok::DType::float64;
+        else
+            throw std::invalid_argument(std::string(op_) + ": " + name + " is '" + dtype +
+                                        "'; it must be uint8, float16, bfloat16, float32 or float64");
+    }
+    // Addresses; 0 is the null pointer and means that the tensor is absent.
+    template <class T>
+    void read(py::handle value, T*& field, const char* name) const {
+        uint64_t address;
+        read(value, address, name);
+        field = reinterpret_cast<T*>(address);
+    }
+    template <size_t N>
+    void read(py::handle value, int64_t (&field)[N], const char* name) const {
+        if (!PyTuple_Check(value.ptr()) || PyTuple_GET_SIZE(value.ptr()) != static_cast<Py_ssize_t>(N))
+            refuse(name, "a tuple of as many integers as the op's documentation says");
+        for (size_t i = 0; i < N; ++i) read(PyTuple_GET_ITEM(value.ptr(), i), field[i], name);
+    }
+
+    const char* op_;
+    const py::args& args_;
+    const py::kwargs& kwargs_;
+    size_t position_ = 0, named_ = 0;
+};
+
+template <class Args>
+Args parse(const char* op, const py::args& args, const py::kwargs& kwargs, uint64_t* stream = nullptr) {
+    Reader reader(op, args, kwargs);
+    Args parsed{};
+    parsed.fields(reader);
+    if (stream) reader("stream", *stream);
+    reader.finish();
+    if (const char* problem = parsed.problem()) throw std::invalid_argument(std::string(op) + ": " + problem);
+    return parsed;
 }
 
-// Checks what can be checked without the memory itself. An empty batch is valid and leaves nothing to do.
-vitok::TubeletGather make_gather(uintptr_t source, const std::string& source_dtype, const std::array<int64_t, 4>& sizes,
-                                 const std::array<int64_t, 5>& strides, int64_t q, int64_t p, bool pad_zero,
-                                 uintptr_t target, const std::string& target_dtype, double scale, double shift) {
-    const vitok::DType from = parse_dtype(source_dtype, "src_dtype"), to = parse_dtype(target_dtype, "dst_dtype");
-    if (to == vitok::DType::uint8) throw std::invalid_argument("dst_dtype is 'uint8'; it must be a float type");
-    if ((from == vitok::DType::float64) != (to == vitok::DType::float64))
-        throw std::invalid_argument("float64 is supported from float64 to float64 only; got '" + source_dtype + "' to '" +
-                                    target_dtype + "'");
-    if (sizes[0] < 0 || sizes[1] < 1 || sizes[2] < 1 || sizes[3] < 1)
-        throw std::invalid_argument("sizes must be (B >= 0, T >= 1, H >= 1, W >= 1)");
-    for (const int64_t stride : strides)
-        if (stride < 0) throw std::invalid_argument("strides must not be negative");
-    if (q < 1) throw std::invalid_argument("q is " + std::to_string(q) + "; it must be at least 1");
-    if (p < 1 || p > vitok::kMaxPatch)
-        throw std::invalid_argument("p is " + std::to_string(p) + "; it must be from 1 to " + std::to_string(vitok::kMaxPatch));
-    if (sizes[0] > 0 && (source == 0 || target == 0)) throw std::invalid_argument("src and dst must not be null");
-    return {reinterpret_cast<const void*>(source), reinterpret_cast<void*>(target), from, to,
-            sizes[0], sizes[1], sizes[2], sizes[3],
-            strides[0], strides[1], strides[2], strides[3], strides[4],
-            q, p, pad_zero, scale, shift};
+template <class Args>
+void bind_cpu(py::module_& m, const char* op, void (*vitok::CpuLevel::*kernel)(const Args&)) {
+    m.def((std::string(op) + "_cpu").c_str(), [op, kernel](const py::args& args, const py::kwargs& kwargs) {
+        const Args parsed = parse<Args>(op, args, kwargs);
+        if (parsed.empty()) return;
+        py::gil_scoped_release release;
+        (vitok::active_cpu_level().*kernel)(parsed);
+    });
 }
+
+#if defined(VITOK_WITH_CUDA)
+template <class Args>
+void bind_cuda(py::module_& m, const char* op, void (*kernel)(const Args&, void*)) {
+    m.def((std::string(op) + "_cuda").c_str(), [op, kernel](const py::args& args, const py::kwargs& kwargs) {
+        uint64_t stream = 0;
+        const Args parsed = parse<Args>(op, args, kwargs, &stream);
+        if (parsed.empty()) return;
+        py::gil_scoped_release release;
+        kernel(parsed, reinterpret_cast<void*>(stream));
+    });
+}
+#endif
 
 std::string usable_levels() {
     std::string names;
@@ -74,34 +147,13 @@ void set_cpu_isa(const std::string& level, const char* argument) {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native kernels of vitok; use the functions of vitok.ops instead.";
 
-    m.def(
-        "tubelet_gather_cpu",
-        [](uintptr_t src, const std::string& src_dtype, const std::array<int64_t, 4>& sizes,
-           const std::array<int64_t, 5>& strides, int64_t q, int64_t p, bool pad_zero, uintptr_t dst,
-           const std::string& dst_dtype, double scale, double shift) {
-            const auto gather = make_gather(src, src_dtype, sizes, strides, q, p, pad_zero, dst, dst_dtype, scale, shift);
-            if (gather.batch == 0) return;
-            py::gil_scoped_release release;
-            vitok::active_cpu_level().tubelet_gather(gather);
-        },
-        py::arg("src"), py::arg("src_dtype"), py::arg("sizes"), py::arg("strides"), py::arg("q"), py::arg("p"),
-        py::arg("pad_zero"), py::arg("dst"), py::arg("dst_dtype"), py::arg("scale"), py::arg("shift"),
-        "Patch rows of the pixels at src, written to dst; sizes (B, T, H, W), strides (b, t, y, x, c) in elements.");
-
+#define VITOK_BIND(op, Args) bind_cpu<vitok::Args>(m, #op, &vitok::CpuLevel::op);
+    VITOK_OPS(VITOK_BIND)
+#undef VITOK_BIND
 #if defined(VITOK_WITH_CUDA)
-    m.def(
-        "tubelet_gather_cuda",
-        [](uintptr_t src, const std::string& src_dtype, const std::array<int64_t, 4>& sizes,
-           const std::array<int64_t, 5>& strides, int64_t q, int64_t p, bool pad_zero, uintptr_t dst,
-           const std::string& dst_dtype, double scale, double shift, uintptr_t stream) {
-            const auto gather = make_gather(src, src_dtype, sizes, strides, q, p, pad_zero, dst, dst_dtype, scale, shift);
-            if (gather.batch == 0) return;
-            py::gil_scoped_release release;
-            vitok::tubelet_gather_cuda(gather, reinterpret_cast<void*>(stream));
-        },
-        py::arg("src"), py::arg("src_dtype"), py::arg("sizes"), py::arg("strides"), py::arg("q"), py::arg("p"),
-        py::arg("pad_zero"), py::arg("dst"), py::arg("dst_dtype"), py::arg("scale"), py::arg("shift"), py::arg("stream"),
-        "tubelet_gather_cpu on device memory, ordered by a CUDA stream handle.");
+#define VITOK_BIND(op, Args) bind_cuda<vitok::Args>(m, #op, vitok::op##_cuda);
+    VITOK_OPS(VITOK_BIND)
+#undef VITOK_BIND
 #endif
 
     m.def("cpu_isa", [] { return std::string(vitok::active_cpu_level().name); }, "The instruction set level in use.");

@@ -14,6 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which is chosen before triton and vitok are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import vitok
 
 torch.set_num_threads(1)  # everything here is too small to share

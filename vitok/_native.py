@@ -10,7 +10,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch  # noqa: F401  before _C, which finds its OpenMP symbols in the runtime that torch brings along
+import torch  # before _C, which finds its OpenMP symbols in the runtime that torch brings along
+from torch import Tensor
+
+# The library knows dtypes by name.
+DTYPE = {
+    torch.uint8: "uint8",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
 
 
 @cache
@@ -37,6 +47,50 @@ def library() -> ModuleType | None:
 def reason() -> str:
     """Why `library` is None, as one phrase; "" when it is there."""
     return _load()[1]
+
+
+def run(kernel: str, like: Tensor, *args: Any) -> None:
+    """Call a kernel with addresses, sizes and strides on the device of `like`, ordered by CUDA's current stream."""
+    if like.is_cuda:
+        getattr(library(), kernel + "_cuda")(*args, torch.cuda.current_stream(like.device).cuda_stream)
+    else:
+        getattr(library(), kernel + "_cpu")(*args)
+
+
+def refuses(tensor: Tensor, *others: Tensor | None) -> str:
+    """Why no native kernel can take tensors of this device and these dtypes, or ""."""
+    kind = tensor.device.type
+    if kind == "cuda":
+        # The compiler cannot trace the question; without an answer the launch would fail in CUDA's own words.
+        if not torch.compiler.is_compiling() and (unsupported := _unsupported_gpu(tensor.device.index)):
+            return unsupported
+    elif kind not in ("cpu", "meta"):
+        return f"there is no native kernel for device {kind!r}"
+    for x in (tensor, *others):
+        if x is not None and x.dtype not in DTYPE:
+            return f"there is no native kernel for {x.dtype}"
+    return ""
+
+
+@cache
+def _unsupported_gpu(index: int | None) -> str:
+    """Why the compiled CUDA code does not run on this GPU, or "".
+
+    Code for X.Y runs on X.Z, Z >= Y, code for 90a on 9.0 alone; the newest architecture is there as PTX too, which
+    later GPUs compile for themselves.
+    """
+    archs: list[str] = getattr(library(), "cuda_archs", list)()
+    if not archs:
+        return "the native library was built without CUDA"
+    major, minor = torch.cuda.get_device_capability(index)
+    for arch in archs:
+        number = int(arch.rstrip("af"))
+        exact = not arch.isdigit()
+        if (number == 10 * major + minor) or (not exact and number // 10 == major and number % 10 <= minor):
+            return ""
+    if archs[-1].isdigit() and 10 * major + minor >= int(archs[-1]):
+        return ""
+    return f"the native library was built for CUDA architectures {', '.join(archs)} and this GPU is {major}{minor}"
 
 
 @cache

@@ -5,26 +5,49 @@
 // Indices past the end read the last frame, row or column, or give exactly 0 when pad_zero.
 #pragma once
 
-#include "formulas.h"
+#include "dtype.h"
 
 namespace vitok {
 
-enum class DType { uint8, float16, bfloat16, float32, float64 };
-
-struct TubeletGather {
-    const void* source;  // [B, T, H, W, 3] by strides
-    void* target;        // contiguous [B, ceil(T/q) * ceil(H/p) * ceil(W/p), q*p*p*3]
-    DType source_dtype;
-    DType target_dtype;  // float64 goes with float64 only, all other pairs of a source and a float exist
-    int64_t batch, frames, height, width;
-    int64_t stride_b, stride_t, stride_y, stride_x, stride_c;  // in elements
-    int64_t q, p;
-    bool pad_zero;
-    double scale, shift;
-};
-
 // Largest patch edge: bounds the row buffer that a CPU thread keeps on its stack.
 constexpr int64_t kMaxPatch = 256;
+
+struct TubeletGather {
+    const void* src;  // [B, T, H, W, 3] by strides
+    DType src_dtype;
+    int64_t sizes[4];    // B, T, H, W
+    int64_t strides[5];  // b, t, y, x, c, in elements
+    int64_t q, p;
+    bool pad_zero;
+    void* dst;        // contiguous [B, ceil(T/q) * ceil(H/p) * ceil(W/p), q*p*p*3]
+    DType dst_dtype;  // float64 goes with float64 only, all other pairs of a source and a float exist
+    double scale, shift;
+
+    // The arguments by name, in the order in which a caller gives them.
+    template <class Visit>
+    void fields(Visit&& visit) {
+        visit("src", src), visit("src_dtype", src_dtype), visit("sizes", sizes), visit("strides", strides);
+        visit("q", q), visit("p", p), visit("pad_zero", pad_zero), visit("dst", dst), visit("dst_dtype", dst_dtype);
+        visit("scale", scale), visit("shift", shift);
+    }
+
+    // What is wrong with the arguments, as far as they tell without the memory itself, or nullptr.
+    const char* problem() const {
+        if (!is_float(dst_dtype)) return "dst_dtype is 'uint8'; it must be a float type";
+        if ((src_dtype == DType::float64) != (dst_dtype == DType::float64))
+            return "float64 is supported from float64 to float64 only";
+        if (sizes[0] < 0 || sizes[1] < 1 || sizes[2] < 1 || sizes[3] < 1)
+            return "sizes must be (B >= 0, T >= 1, H >= 1, W >= 1)";
+        for (const int64_t stride : strides)
+            if (stride < 0) return "strides must not be negative";
+        if (q < 1) return "q must be at least 1";
+        if (p < 1 || p > kMaxPatch) return "p must be from 1 to 256";
+        if (sizes[0] > 0 && (!src || !dst)) return "src and dst must not be null";
+        return nullptr;
+    }
+
+    bool empty() const { return sizes[0] == 0; }
+};
 
 // Calls fn(source element, target element) with zero values of the two element types of a supported dtype pair.
 template <class Target, class Fn>

@@ -30,16 +30,21 @@ bool has_avx512() {
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
+#define VITOK_BASELINE(op, Args) baseline::op,
+#define VITOK_AVX2(op, Args) avx2::op,
+#define VITOK_AVX512(op, Args) avx512::op,
+#define VITOK_AVX512_BF16(op, Args) avx512_bf16::op,
+
 const CpuLevel levels[] = {
-    {"baseline", always, baseline::tubelet_gather},
+    {"baseline", always, VITOK_OPS(VITOK_BASELINE)},
 #if defined(VITOK_HAVE_AVX2)
-    {"avx2", has_avx2, avx2::tubelet_gather},
+    {"avx2", has_avx2, VITOK_OPS(VITOK_AVX2)},
 #endif
 #if defined(VITOK_HAVE_AVX512)
-    {"avx512", has_avx512, avx512::tubelet_gather},
+    {"avx512", has_avx512, VITOK_OPS(VITOK_AVX512)},
 #endif
 #if defined(VITOK_HAVE_AVX512_BF16)
-    {"avx512_bf16", has_avx512_bf16, avx512_bf16::tubelet_gather},
+    {"avx512_bf16", has_avx512_bf16, VITOK_OPS(VITOK_AVX512_BF16)},
 #endif
 };
 

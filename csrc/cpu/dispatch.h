@@ -1,13 +1,14 @@
 // Which copy of the CPU kernels runs: one per instruction set level, chosen at run time.
 #pragma once
 
-#include "../common/tubelet_gather.h"
+#include "../common/ops.h"
 
 namespace vitok {
 
-#define VITOK_DECLARE_LEVEL(level)                    \
-    namespace level {                                 \
-    void tubelet_gather(const TubeletGather& gather); \
+#define VITOK_DECLARE(op, Args) void op(const Args& args);
+#define VITOK_DECLARE_LEVEL(level) \
+    namespace level {              \
+    VITOK_OPS(VITOK_DECLARE)       \
     }
 
 VITOK_DECLARE_LEVEL(baseline)
@@ -16,11 +17,14 @@ VITOK_DECLARE_LEVEL(avx512)
 VITOK_DECLARE_LEVEL(avx512_bf16)
 
 #undef VITOK_DECLARE_LEVEL
+#undef VITOK_DECLARE
 
 struct CpuLevel {
     const char* name;
     bool (*supported)();  // by this machine
-    void (*tubelet_gather)(const TubeletGather&);
+#define VITOK_MEMBER(op, Args) void (*op)(const Args&);
+    VITOK_OPS(VITOK_MEMBER)
+#undef VITOK_MEMBER
 };
 
 // Every compiled level, lowest first.

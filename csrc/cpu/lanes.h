@@ -1,5 +1,6 @@
-// A vector of fp32 lanes for the instruction set this file is compiled for, with loads from and stores to each element
-// type. kLanes is 0 where there is no such vector (SSE2, arm64): callers then use their scalar loop.
+// A vector of fp32 lanes for the instruction set this file is compiled for: loads from and stores to each element type, and
+// the arithmetic beyond + - * /, which the compiler's vector types have themselves. A kernel is written once over Lanes; on
+// SSE2 and arm64 they are four, and the conversions are left to the compiler.
 #pragma once
 
 #include "../common/formulas.h"
@@ -18,8 +19,12 @@ constexpr int kLanes = 16;
 using Lanes = __m512;
 
 VITOK_INLINE Lanes lanes_set(float value) { return _mm512_set1_ps(value); }
-VITOK_INLINE Lanes lanes_normalise(Lanes x, Lanes scale, Lanes shift) {
-    return _mm512_add_ps(_mm512_mul_ps(x, scale), shift);
+VITOK_INLINE Lanes lanes_fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+VITOK_INLINE Lanes lanes_max(Lanes a, Lanes b) { return _mm512_max_ps(a, b); }
+VITOK_INLINE Lanes lanes_min(Lanes a, Lanes b) { return _mm512_min_ps(a, b); }
+VITOK_INLINE Lanes lanes_sqrt(Lanes x) { return _mm512_sqrt_ps(x); }
+VITOK_INLINE Lanes lanes_where_less(Lanes a, Lanes b, Lanes then, Lanes otherwise) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), otherwise, then);
 }
 VITOK_INLINE Lanes lanes_load(const uint8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
@@ -52,8 +57,12 @@ constexpr int kLanes = 8;
 using Lanes = __m256;
 
 VITOK_INLINE Lanes lanes_set(float value) { return _mm256_set1_ps(value); }
-VITOK_INLINE Lanes lanes_normalise(Lanes x, Lanes scale, Lanes shift) {
-    return _mm256_add_ps(_mm256_mul_ps(x, scale), shift);
+VITOK_INLINE Lanes lanes_fma(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
+VITOK_INLINE Lanes lanes_max(Lanes a, Lanes b) { return _mm256_max_ps(a, b); }
+VITOK_INLINE Lanes lanes_min(Lanes a, Lanes b) { return _mm256_min_ps(a, b); }
+VITOK_INLINE Lanes lanes_sqrt(Lanes x) { return _mm256_sqrt_ps(x); }
+VITOK_INLINE Lanes lanes_where_less(Lanes a, Lanes b, Lanes then, Lanes otherwise) {
+    return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
 VITOK_INLINE Lanes lanes_load(const uint8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
@@ -83,9 +92,109 @@ VITOK_INLINE void lanes_store(f16* to, Lanes x) {
 
 #else
 
-constexpr int kLanes = 0;
+constexpr int kLanes = 4;
+typedef float Lanes __attribute__((vector_size(16)));
+
+VITOK_INLINE Lanes lanes_set(float value) { return Lanes{value, value, value, value}; }
+template <class T>
+VITOK_INLINE Lanes lanes_load(const T* from) {
+    return Lanes{widen(from[0]), widen(from[1]), widen(from[2]), widen(from[3])};
+}
+template <class T>
+VITOK_INLINE void lanes_store(T* to, Lanes x) {
+    for (int i = 0; i < kLanes; ++i) narrow(x[i], to[i]);
+}
+VITOK_INLINE Lanes lanes_fma(Lanes a, Lanes b, Lanes c) { return a * b + c; }
+VITOK_INLINE Lanes lanes_max(Lanes a, Lanes b) { return a > b ? a : b; }
+VITOK_INLINE Lanes lanes_min(Lanes a, Lanes b) { return a < b ? a : b; }
+VITOK_INLINE Lanes lanes_sqrt(Lanes x) {
+    for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+}
+VITOK_INLINE Lanes lanes_where_less(Lanes a, Lanes b, Lanes then, Lanes otherwise) { return a < b ? then : otherwise; }
 
 #endif
+
+// lanes_max and lanes_min give b where either is NaN, so a bound goes first: lanes_max(bound, x) keeps the NaN of x.
+
+typedef int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
+
+VITOK_INLINE IntLanes lanes_bits(Lanes x) {
+    IntLanes bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+VITOK_INLINE Lanes bits_lanes(IntLanes bits) {
+    Lanes x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// The first n < kLanes elements, `fill` in the other lanes; and back. For the end of a row: no element past it is touched.
+template <class T>
+VITOK_INLINE Lanes lanes_load_first(const T* from, int64_t n, float fill = 0.0f) {
+    float buffer[kLanes];
+    for (int i = 0; i < kLanes; ++i) buffer[i] = fill;
+    for (int64_t i = 0; i < n; ++i) buffer[i] = widen(from[i]);
+    return lanes_load(buffer);
+}
+template <class T>
+VITOK_INLINE void lanes_store_first(T* to, Lanes x, int64_t n) {
+    T buffer[kLanes];
+    lanes_store(buffer, x);
+    memcpy(to, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+// Over all lanes, always in the same order: halves are added until one lane is left.
+VITOK_INLINE float lanes_sum(Lanes x) {
+    float lane[kLanes];
+    lanes_store(lane, x);
+    for (int half = kLanes / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    return lane[0];
+}
+VITOK_INLINE float lanes_largest(Lanes x) {
+    float lane[kLanes];
+    lanes_store(lane, x);
+    for (int half = kLanes / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+    return lane[0];
+}
+
+// 2^(n + f) for an integer -127 <= n <= 128 and |f| <= 1/2: n are the low bits of `shifted`, which is n + 1.5 * 2^23.
+VITOK_INLINE Lanes lanes_exp2_parts(Lanes shifted, Lanes f) {
+    // Minimax for the relative error: 2e-9.
+    Lanes y = lanes_set(0x1.41fbbcp-13f);
+    y = lanes_fma(y, f, lanes_set(0x1.5f3e52p-10f));
+    y = lanes_fma(y, f, lanes_set(0x1.3b2d4cp-7f));
+    y = lanes_fma(y, f, lanes_set(0x1.c6aee8p-5f));
+    y = lanes_fma(y, f, lanes_set(0x1.ebfbdcp-3f));
+    y = lanes_fma(y, f, lanes_set(0x1.62e43p-1f));
+    y = lanes_fma(y, f, lanes_set(1.0f));
+    // 2^n in two factors, because 2^128 is no float.
+    const IntLanes n = lanes_bits(shifted) - 0x4b400000;
+    const IntLanes half = n >> 1;
+    return y * bits_lanes((half + 127) << 23) * bits_lanes((n - half + 127) << 23);
+}
+
+// 2^x to 2 units in the last place; 0 below 2^-126, infinity from 2^128, NaN for NaN.
+VITOK_INLINE Lanes lanes_exp2(Lanes x) {
+    const Lanes bounded = lanes_min(lanes_set(128.0f), lanes_max(lanes_set(-127.0f), x));
+    const Lanes magic = lanes_set(0x1.8p23f);  // adding it rounds to an integer, kept in the low bits
+    const Lanes shifted = bounded + magic;
+    const Lanes y = lanes_exp2_parts(shifted, bounded - (shifted - magic));
+    return lanes_where_less(x, lanes_set(-126.0f), lanes_set(0.0f), y);
+}
+
+// e^x, as exact as lanes_exp2. x - n ln 2 is taken in two steps, of which the first is exact (Cody and Waite).
+VITOK_INLINE Lanes lanes_exp(Lanes x) {
+    const Lanes bounded = lanes_min(lanes_set(0x1.63p6f), lanes_max(lanes_set(-88.0f), x));  // 88.75 gives infinity
+    const Lanes log2e = lanes_set(0x1.715476p0f), magic = lanes_set(0x1.8p23f);
+    const Lanes shifted = bounded * log2e + magic;
+    const Lanes n = shifted - magic;
+    const Lanes rest = lanes_fma(n, lanes_set(-0x1.7f7d1cp-20f), lanes_fma(n, lanes_set(-0x1.62e4p-1f), bounded));
+    return lanes_where_less(x, lanes_set(-87.3f), lanes_set(0.0f), lanes_exp2_parts(shifted, rest * log2e));
+}
 
 }  // namespace
 }  // namespace VITOK_ISA

@@ -27,20 +27,14 @@ VITOK_INLINE void convert(const double* from, double* to, int64_t n, double scal
 // n elements; the last vector overlaps the one before it instead of leaving a scalar remainder.
 template <class S, class D>
 VITOK_INLINE void convert(const S* from, D* to, int64_t n, float scale, float shift) {
-#if defined(__AVX2__)
-    if (n >= kLanes) {
-        const Lanes scales = lanes_set(scale), shifts = lanes_set(shift);
-        int64_t e = 0;
-        for (; e + kLanes <= n; e += kLanes)
-            lanes_store(to + e, lanes_normalise(lanes_load(from + e), scales, shifts));
-        if (e < n) {
-            e = n - kLanes;
-            lanes_store(to + e, lanes_normalise(lanes_load(from + e), scales, shifts));
-        }
-        return;
+    if (n < kLanes) return convert_scalar(from, to, n, scale, shift);
+    const Lanes scales = lanes_set(scale), shifts = lanes_set(shift);
+    int64_t e = 0;
+    for (; e + kLanes <= n; e += kLanes) lanes_store(to + e, lanes_load(from + e) * scales + shifts);
+    if (e < n) {
+        e = n - kLanes;
+        lanes_store(to + e, lanes_load(from + e) * scales + shifts);
     }
-#endif
-    convert_scalar(from, to, n, scale, shift);
 }
 
 // count pixels of one row, interleaved as r g b r g b ...
@@ -65,13 +59,13 @@ template <class S, class D, class F>
 void gather(const TubeletGather& g) {
     const F scale = static_cast<F>(g.scale), shift = static_cast<F>(g.shift);
     const int64_t p = g.p, q = g.q, run = 3 * p, token = q * p * run;
-    const int64_t rows_t = ceil_div(g.frames, q), rows_y = ceil_div(g.height, p), columns = ceil_div(g.width, p);
+    const int64_t rows_t = ceil_div(g.sizes[1], q), rows_y = ceil_div(g.sizes[2], p), columns = ceil_div(g.sizes[3], p);
     const int64_t stretch = p < kStretch ? kStretch / p : 1;  // tokens
     const int64_t stretches = ceil_div(columns, stretch);
-    const int64_t items = g.batch * rows_t * rows_y * stretches;
-    const bool interleaved = g.stride_c == 1 && (g.stride_x == 3 || g.width == 1);
-    const S* const source = static_cast<const S*>(g.source);
-    D* const target = static_cast<D*>(g.target);
+    const int64_t items = g.sizes[0] * rows_t * rows_y * stretches;
+    const bool interleaved = g.strides[4] == 1 && (g.strides[3] == 3 || g.sizes[3] == 1);
+    const S* const source = static_cast<const S*>(g.src);
+    D* const target = static_cast<D*>(g.dst);
     D zero;
     narrow(F(0), zero);
     [[maybe_unused]] const bool parallel = items > 1 && items * stretch * token >= kParallelElements;
@@ -85,7 +79,7 @@ void gather(const TubeletGather& g) {
         const int64_t token_row = item / stretches;
         const int64_t ly = token_row % rows_y, lt = token_row / rows_y % rows_t, b = token_row / rows_y / rows_t;
         const int64_t x0 = first * p;
-        const int64_t pixels = (last * p < g.width ? last * p : g.width) - x0;
+        const int64_t pixels = (last * p < g.sizes[3] ? last * p : g.sizes[3]) - x0;
         const int64_t whole = pixels / p, rest = pixels % p;  // complete tokens, and pixels of the one cut by the edge
         D* const out = target + (token_row * columns + first) * token;
         S buffer[3 * kMaxPatch];
@@ -94,15 +88,15 @@ void gather(const TubeletGather& g) {
         for (int64_t ij = 0; ij < q * p; ++ij) {
             const int64_t t = lt * q + ij / p, y = ly * p + ij % p;
             D* to = out + ij * run;
-            if (g.pad_zero && (t >= g.frames || y >= g.height)) {
+            if (g.pad_zero && (t >= g.sizes[1] || y >= g.sizes[2])) {
                 for (int64_t lx = first; lx < last; ++lx, to += token)
                     for (int64_t e = 0; e < run; ++e) to[e] = zero;
                 continue;
             }
-            const S* row = source + b * g.stride_b + clamp_edge(t, g.frames) * g.stride_t +
-                           clamp_edge(y, g.height) * g.stride_y + x0 * g.stride_x;
+            const S* row = source + b * g.strides[0] + clamp_edge(t, g.sizes[1]) * g.strides[1] +
+                           clamp_edge(y, g.sizes[2]) * g.strides[2] + x0 * g.strides[3];
             if (!interleaved) {
-                interleave(row, g.stride_x, g.stride_c, buffer, pixels);
+                interleave(row, g.strides[3], g.strides[4], buffer, pixels);
                 row = buffer;
             }
             for (int64_t lx = 0; lx < whole; ++lx, to += token, row += run) convert(row, to, run, scale, shift);
@@ -114,20 +108,11 @@ void gather(const TubeletGather& g) {
     }
 }
 
-template <class T>
-struct ComputeType {
-    using type = float;
-};
-template <>
-struct ComputeType<double> {
-    using type = double;
-};
-
 }  // namespace
 
 void tubelet_gather(const TubeletGather& g) {
-    with_dtypes(g.source_dtype, g.target_dtype, [&](auto source, auto target) {
-        gather<decltype(source), decltype(target), typename ComputeType<decltype(target)>::type>(g);
+    with_dtypes(g.src_dtype, g.dst_dtype, [&](auto source, auto target) {
+        gather<decltype(source), decltype(target), compute_t<decltype(target)>>(g);
     });
 }
 

@@ -1,13 +1,12 @@
 // The gather of common/tubelet_gather.h on CUDA. It moves bytes and little else, so what counts is that a warp writes one
 // contiguous stretch (16 bytes a lane for patch edges that are multiples of 8) and that index arithmetic stays cheap: the
 // patch edge is a compile-time constant for 8 and 16, and 64-bit numbers appear only in addresses.
-#include "tubelet_gather.h"
+#include "../common/tubelet_gather.h"
 
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
 #include <type_traits>
+
+#include "launch.h"
+#include "ops.h"
 
 namespace vitok {
 namespace {
@@ -82,63 +81,34 @@ __global__ void __launch_bounds__(kThreads) tubelet_gather_kernel(const Args<S, 
     }
 }
 
-void check(cudaError_t error, const char* what) {
-    if (error == cudaSuccess) return;
-    cudaGetLastError();  // a refused launch must not be reported again by an unrelated later call
-    throw std::runtime_error(std::string("tubelet_gather: ") + what + ": " + cudaGetErrorString(error));
-}
-
-// Makes the device that owns a pointer current; several devices may be in use and the stream may be a default one.
-class DeviceGuard {
-   public:
-    explicit DeviceGuard(const void* pointer) {
-        check(cudaGetDevice(&before_), "no CUDA device");
-        cudaPointerAttributes attributes;
-        check(cudaPointerGetAttributes(&attributes, pointer), "target is not a CUDA pointer");
-        if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged)
-            throw std::runtime_error("tubelet_gather: target is not in device memory");
-        changed_ = attributes.device != before_;
-        if (changed_) check(cudaSetDevice(attributes.device), "cannot select the device");
-    }
-    ~DeviceGuard() {
-        if (changed_) cudaSetDevice(before_);
-    }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-   private:
-    int before_ = 0;
-    bool changed_ = false;
-};
-
 template <class S, class D, class F, int P, int V>
 void launch(const TubeletGather& g, cudaStream_t stream) {
-    const int64_t rows_t = ceil_div(g.frames, g.q), rows_y = ceil_div(g.height, g.p), columns = ceil_div(g.width, g.p);
-    const int64_t token_rows = g.batch * rows_t * rows_y;
+    const int64_t rows_t = ceil_div(g.sizes[1], g.q), rows_y = ceil_div(g.sizes[2], g.p), columns = ceil_div(g.sizes[3], g.p);
+    const int64_t token_rows = g.sizes[0] * rows_t * rows_y;
     const int64_t row_vectors = columns * g.q * g.p * g.p * 3 / V;
-    if (token_rows > INT32_MAX || row_vectors > INT32_MAX - (1 << 24) || g.width > INT32_MAX - kMaxPatch)
+    if (token_rows > INT32_MAX || row_vectors > INT32_MAX - (1 << 24) || g.sizes[3] > INT32_MAX - kMaxPatch)
         throw std::runtime_error("tubelet_gather: more than 2^31 token rows, or a token row too large for one launch");
 
     const int64_t bytes = V * sizeof(S) < 16 ? V * sizeof(S) : 16;
     const auto aligned = [&](int64_t stride) { return stride * static_cast<int64_t>(sizeof(S)) % bytes == 0; };
-    const bool interleaved = g.stride_c == 1 && (g.stride_x == 3 || g.width == 1);
+    const bool interleaved = g.strides[4] == 1 && (g.strides[3] == 3 || g.sizes[3] == 1);
 
     Args<S, F> a;
-    a.source = static_cast<const S*>(g.source);
-    a.stride_b = g.stride_b, a.stride_t = g.stride_t, a.stride_y = g.stride_y, a.stride_x = g.stride_x, a.stride_c = g.stride_c;
-    a.frames = g.frames, a.height = g.height, a.width = static_cast<int32_t>(g.width);
+    a.source = static_cast<const S*>(g.src);
+    a.stride_b = g.strides[0], a.stride_t = g.strides[1], a.stride_y = g.strides[2], a.stride_x = g.strides[3], a.stride_c = g.strides[4];
+    a.frames = g.sizes[1], a.height = g.sizes[2], a.width = static_cast<int32_t>(g.sizes[3]);
     a.rows_t = static_cast<int32_t>(rows_t), a.rows_y = static_cast<int32_t>(rows_y);
     a.row_vectors = static_cast<int32_t>(row_vectors);
     a.q = static_cast<int32_t>(g.q), a.p = static_cast<int32_t>(g.p);
     a.pad_zero = g.pad_zero;
-    a.wide_loads = interleaved && reinterpret_cast<uintptr_t>(g.source) % bytes == 0 && aligned(g.stride_b) &&
-                   aligned(g.stride_t) && aligned(g.stride_y);
+    a.wide_loads = interleaved && reinterpret_cast<uintptr_t>(g.src) % bytes == 0 && aligned(g.strides[0]) &&
+                   aligned(g.strides[1]) && aligned(g.strides[2]);
     a.scale = static_cast<F>(g.scale), a.shift = static_cast<F>(g.shift);
 
     const int64_t blocks = ceil_div(row_vectors, kThreads);
     const dim3 grid(static_cast<unsigned>(token_rows), static_cast<unsigned>(blocks < 65535 ? blocks : 65535));
-    tubelet_gather_kernel<S, D, F, P, V><<<grid, kThreads, 0, stream>>>(a, static_cast<D*>(g.target));
-    check(cudaGetLastError(), "launch failed");
+    tubelet_gather_kernel<S, D, F, P, V><<<grid, kThreads, 0, stream>>>(a, static_cast<D*>(g.dst));
+    check_launch("tubelet_gather");
 }
 
 template <class S, class D>
@@ -146,7 +116,7 @@ void launch_for_patch(const TubeletGather& g, cudaStream_t stream) {
     if constexpr (std::is_same_v<D, double>) {
         launch<double, double, double, 0, 1>(g, stream);  // exists for gradient checks; speed does not matter
     } else {
-        const bool vectors = g.p % 8 == 0 && reinterpret_cast<uintptr_t>(g.target) % 16 == 0;
+        const bool vectors = g.p % 8 == 0 && reinterpret_cast<uintptr_t>(g.dst) % 16 == 0;
         if (vectors && g.p == 8) return launch<S, D, float, 8, kVector>(g, stream);
         if (vectors && g.p == 16) return launch<S, D, float, 16, kVector>(g, stream);
         if (vectors) return launch<S, D, float, 0, kVector>(g, stream);
@@ -157,8 +127,8 @@ void launch_for_patch(const TubeletGather& g, cudaStream_t stream) {
 }  // namespace
 
 void tubelet_gather_cuda(const TubeletGather& gather, void* stream) {
-    const DeviceGuard guard(gather.target);
-    with_dtypes(gather.source_dtype, gather.target_dtype, [&](auto source, auto target) {
+    const DeviceGuard guard("tubelet_gather", gather.dst);
+    with_dtypes(gather.src_dtype, gather.dst_dtype, [&](auto source, auto target) {
         launch_for_patch<decltype(source), decltype(target)>(gather, static_cast<cudaStream_t>(stream));
     });
 }

@@ -14,7 +14,7 @@ from vitok.ops._registry import OPS, Implementation, ImplementationError, Op
 def op():
     made = Op(
         "made_up",
-        Implementation("absent", lambda x: "absent", missing=lambda: "it is not built"),
+        Implementation("absent", lambda x: "absent", missing="it is not built"),
         Implementation("picky", lambda x: "picky", refuses=lambda x: "" if x > 0 else f"{x} is not positive"),
         Implementation("reference", lambda x: "reference"),
     )

@@ -189,7 +189,7 @@ def test_unembed_of_embed_with_identity_weights_gives_the_pixels_back(size, q, p
 def test_opcheck(source):
     for layout in ("channels_last", "channels_first"):
         pixels = LAYOUTS[layout](random_pixels(source))
-        torch.library.opcheck(torch.ops.vitok.tubelet_gather, (pixels, 2, 4, False, torch.bfloat16))
+        torch.library.opcheck(torch.ops.vitok.tubelet_gather, ("native", pixels, 2, 4, False, torch.bfloat16))
 
 
 def test_compiles_whole_with_one_graph_for_many_sizes():
@@ -243,7 +243,7 @@ def test_native_by_name_never_falls_back_and_auto_does(pixels, options, reason, 
         ((1, 1, 0, 8, 3), torch.uint8, {}, "at least one frame, row and column, got [1, 1, 0, 8, 3]"),
         ((1, 1, 8, 8, 3), torch.uint8, {"pad": "wrap"}, "pad must be 'edge' or 'zero', got 'wrap'"),
         ((1, 1, 8, 8, 3), torch.uint8, {"tubelet": (0, 4)}, "both at least 1, got (0, 4)"),
-        ((1, 1, 8, 8, 3), torch.uint8, {"impl": "cuda"}, "no implementation 'cuda'; it has native, reference"),
+        ((1, 1, 8, 8, 3), torch.uint8, {"impl": "cuda"}, "no implementation 'cuda'; it has native, triton, reference"),
     ],
 )
 def test_bad_arguments(shape, dtype, options, message, one_sentence):

@@ -9,6 +9,7 @@ section 2.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 
 from vitok import _native
 from vitok.errors import InputError
+from vitok.ops import _triton
+from vitok.ops._library import define
 from vitok.ops._registry import Implementation, Op
 
 SOURCE_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,7 +44,7 @@ def tubelet_embed(
         tubelet: (q, p).
         pad: what fills T, H, W up to multiples of q, p, p: "edge" repeats the last frame, row and column, "zero" is
             mid-grey.
-        impl: "auto", "reference" or "native".
+        impl: "auto", "native", "triton" or "reference".
 
     Returns: tokens [B, ceil(T/q) * ceil(H/p) * ceil(W/p), width] in row-major (t, y, x) order, in the weight's dtype.
     Differentiable in float pixels, weight and bias. Raises InputError for wrong shapes and dtypes.
@@ -107,80 +110,67 @@ def _scatter(rows: Tensor, size: tuple[int, int, int], q: int, p: int, pad_zero:
     return pixels
 
 
-_LIBRARY = torch.library.Library("vitok", "FRAGMENT")
-_LIBRARY.define("tubelet_gather(Tensor pixels, int q, int p, bool pad_zero, ScalarType dtype) -> Tensor")
-
-
-def _empty(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> Tensor:
+def _empty(impl: str, pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> Tensor:
     batch, frames, height, width, colours = pixels.shape
     tokens = (-(-frames // q)) * (-(-height // p)) * (-(-width // p))
     return pixels.new_empty((batch, tokens, q * p * p * colours), dtype=dtype)
 
 
-def _native_gather(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> Tensor:
-    out = _empty(pixels, q, p, pad_zero, dtype)
-    if not out.numel():
-        return out
+def _gather(impl: str, pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> Tensor:
     scale, shift = (UINT8_SCALE, UINT8_SHIFT) if pixels.dtype == torch.uint8 else (1.0, 0.0)
-    args = (
-        pixels.data_ptr(), _name(pixels.dtype), tuple(pixels.shape[:4]), pixels.stride(), q, p, pad_zero,
-        out.data_ptr(), _name(dtype), scale, shift,
+    if impl == "triton":
+        from vitok.kernels import tubelet_gather as kernel
+
+        return kernel.tubelet_gather(pixels, q, p, pad_zero, dtype, scale, shift)
+    out = _empty(impl, pixels, q, p, pad_zero, dtype)
+    _native.run(
+        "tubelet_gather", pixels,
+        pixels.data_ptr(), _native.DTYPE[pixels.dtype], pixels.shape[:4], pixels.stride(), q, p, pad_zero,
+        out.data_ptr(), _native.DTYPE[dtype], scale, shift,
     )  # fmt: skip
-    library = _native.library()
-    assert library is not None, _native.reason()
-    if pixels.is_cuda:
-        library.tubelet_gather_cuda(*args, torch.cuda.current_stream(pixels.device).cuda_stream)
-    else:
-        library.tubelet_gather_cpu(*args)
     return out
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-_LIBRARY.impl("tubelet_gather", _native_gather, "CPU")
-_LIBRARY.impl("tubelet_gather", _native_gather, "CUDA")
-torch.library.register_fake("vitok::tubelet_gather", _empty, lib=_LIBRARY)
+_GATHER = define(
+    "tubelet_gather(str impl, Tensor pixels, int q, int p, bool pad_zero, ScalarType dtype) -> Tensor", _gather, _empty
+)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pixels, q, p, pad_zero, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx, impl, pixels, q, p, pad_zero, dtype):  # type: ignore[no-untyped-def]
         ctx.geometry = (tuple(pixels.shape[1:4]), q, p, pad_zero)
         ctx.dtype = pixels.dtype
-        return torch.ops.vitok.tubelet_gather(pixels, q, p, pad_zero, dtype)
+        return _GATHER(impl, pixels, q, p, pad_zero, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _scatter(grad, *ctx.geometry).to(ctx.dtype), None, None, None, None
+        return None, _scatter(grad, *ctx.geometry).to(ctx.dtype), None, None, None, None
 
 
-def _run_native(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> Tensor:
-    if pixels.requires_grad:
-        return _Gather.apply(pixels, q, p, pad_zero, dtype)
-    return torch.ops.vitok.tubelet_gather(pixels, q, p, pad_zero, dtype)
+def _run(impl: str, pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> Tensor:
+    gather = _Gather.apply if pixels.requires_grad else _GATHER
+    return gather(impl, pixels, q, p, pad_zero, dtype)
 
 
-def _refuses(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> str:
-    if pixels.is_cuda:
-        return "" if _NATIVE_CUDA else "the native library was built without CUDA"
-    if pixels.device.type not in ("cpu", "meta"):
-        return f"there is no native kernel for device {pixels.device.type!r}"
+def _native_refuses(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> str:
     if (pixels.dtype == torch.float64) != (dtype == torch.float64):
         return f"it does not convert {pixels.dtype} to {dtype}"
     if p > 256:
         return f"patches have at most 256 pixels a side, got {p}"
-    return ""
+    return _native.refuses(pixels)
 
 
-# Looked up here, once: torch.compile cannot trace the loading of a library.
-_NATIVE_REASON = _native.reason()
-_NATIVE_CUDA = hasattr(_native.library(), "tubelet_gather_cuda")
+def _triton_refuses(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> str:
+    if torch.float64 in (pixels.dtype, dtype):
+        return "it computes in float32"
+    return _triton.refuses(pixels)
+
 
 _OP = Op(
     "tubelet_embed",
-    Implementation("native", _run_native, missing=lambda: _NATIVE_REASON, refuses=_refuses),
+    Implementation("native", partial(_run, "native"), missing=_native.reason(), refuses=_native_refuses),
+    Implementation("triton", partial(_run, "triton"), missing=_triton.MISSING, refuses=_triton_refuses),
     Implementation("reference", reference),
 )
