@@ -224,7 +224,7 @@ setup(
     packages=[*find_packages(include=["vitok", "vitok.*"]), "vitok.kernels"],
     package_dir={"vitok.kernels": "kernels"},
     include_package_data=False,
-    package_data={"vitok": ["py.typed", "weights/**"]},
+    package_data={"vitok": ["py.typed", "ops/auto.json", "weights/**"]},
     # A wheel without the library is tagged as pure Python.
     ext_modules=[] if unbuildable() else [Extension("vitok._C", sources=[])],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "sdist": SourceArchive},

@@ -1,19 +1,29 @@
 """One op, several implementations: how an implementation is named, chosen and refused.
 
-An `Op` holds its implementations in order of preference, the reference last. ``impl="auto"`` takes the first that can
-run the arguments at hand; a name takes that one or raises `ImplementationError` with the reason, never another one
-silently. Under torch.compile a pointwise op's "auto" is its reference, which the compiler fuses with its neighbours.
+An `Op` holds its implementations in order of preference, the reference last; where this device has been measured, the
+order is that of `auto.json`, which benchmarks/auto.py makes from benchmark results. ``impl="auto"`` takes the first
+that can run the arguments at hand; a name takes that one or raises `ImplementationError` with the reason, never another
+one silently. Under torch.compile "auto" of a pointwise op is its reference, which the compiler fuses with what is near.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from vitok import _native
 from vitok.errors import InputError
+
+# {op: {"cpu-avx512 bfloat16": {"order": [implementation, ...], "why": what was measured}}}
+_AUTO: dict[str, dict[str, dict[str, Any]]] = json.loads(Path(__file__).with_name("auto.json").read_text())
+_LIBRARY = _native.library()
+_CPU = f"cpu-{_LIBRARY.cpu_isa()}" if _LIBRARY else "cpu"
 
 
 class ImplementationError(InputError):
@@ -37,7 +47,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """One line of `vitok info`: may `implementation` of `op` be used here, and if not, why."""
+    """One line of `vitok info`: may `implementation` of `op` be used here, and if not, why; what was measured of it."""
 
     op: str
     implementation: str
@@ -52,7 +62,13 @@ class Op:
     def __init__(self, name: str, *implementations: Implementation, pointwise: bool = False) -> None:
         self.name = name
         self.pointwise = pointwise
+        self.measured = _AUTO.get(name, {})
         self.implementations = {implementation.name: implementation for implementation in implementations}
+        self.orders = {
+            (is_cuda, dtype): self._order("cuda" if is_cuda else _CPU, dtype)
+            for is_cuda in (False, True)
+            for dtype in _native.DTYPE
+        }
         OPS[name] = self
 
     def __call__(self, impl: str, *args: Any) -> Any:
@@ -63,10 +79,8 @@ class Op:
         if impl == "auto":
             if self.pointwise and torch.compiler.is_compiling():
                 return self.implementations["reference"]
-            on_cpu = getattr(args[0], "is_cpu", False)
-            for candidate in self.implementations.values():
-                # On the CPU Triton is its interpreter, which is for tests and never the better choice.
-                if not (candidate.missing or (on_cpu and candidate.name == "triton") or candidate.refuses(*args)):
+            for candidate in self._candidates(args):
+                if not (candidate.missing or candidate.refuses(*args)):
                     return candidate
             raise ImplementationError(f"no implementation of {self.name} takes these arguments")
         if impl not in self.implementations:
@@ -77,6 +91,18 @@ class Op:
         if reason := chosen.missing or chosen.refuses(*args):
             raise ImplementationError(f"{self.name}: implementation {impl!r} cannot be used: {reason}")
         return chosen
+
+    def _candidates(self, args: tuple[Any, ...]) -> tuple[Implementation, ...]:
+        for x in args:
+            if isinstance(x, Tensor) and (order := self.orders.get((x.is_cuda, x.dtype))):
+                return order
+        return tuple(self.implementations.values())
+
+    def _order(self, device: str, dtype: torch.dtype) -> tuple[Implementation, ...]:
+        measured = self.measured.get(f"{device} {str(dtype).removeprefix('torch.')}")
+        names = measured["order"] if measured else self.implementations
+        # On the CPU Triton is its interpreter, which is for tests and never the better choice.
+        return tuple(self.implementations[name] for name in names if device == "cuda" or name != "triton")
 
     def choices(self) -> Iterator[Choice]:
         for implementation in self.implementations.values():

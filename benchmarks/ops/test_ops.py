@@ -1,0 +1,114 @@
+"""Every op against the eager composition and its peers: providers interleaved in one process, one CSV of all rows.
+
+    pytest benchmarks/ops --rows benchmarks/results/ops-cpu-avx512.csv --benchmark-json ...
+
+A provider whose numbers differ from the eager one's prints no time. pytest-benchmark keeps the time of `auto`'s choice,
+for comparing one's own runs; the ratios come from the interleaved rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from cases import Case, cases
+from torch import Tensor
+
+from vitok.bench import compare, copy_rate, matmul_rate
+from vitok.ops import ImplementationError
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DIRECTIONS = ("forward", "backward")
+L2_BYTES = 64 * 2**20
+
+
+@pytest.fixture(scope="session")
+def rates() -> Callable[[torch.dtype], tuple[float, float]]:
+    """(bytes a second of a copy, operations a second of a matrix product in a dtype), measured once a run."""
+    copy = copy_rate(DEVICE)
+    matmul = {dtype: matmul_rate(DEVICE, dtype) for dtype in (torch.bfloat16, torch.float32)}
+    return lambda dtype: (copy, matmul[dtype])
+
+
+def make_inputs(case: Case, dtype: torch.dtype) -> list[tuple]:
+    """One set of inputs, on a GPU as many as three times its cache holds."""
+    generator = torch.Generator().manual_seed(0)
+    first = case.inputs(DEVICE, dtype, generator)
+    if DEVICE.type == "cpu":
+        return [first]
+    size = sum(x.numel() * x.element_size() for x in first if isinstance(x, Tensor))
+    return [first, *(case.inputs(DEVICE, dtype, generator) for _ in range(min(15, 3 * L2_BYTES // size)))]
+
+
+def forward_call(provider: Callable[..., Tensor], inputs: tuple) -> Callable[[], Tensor]:
+    return partial(torch.inference_mode()(provider), *inputs)
+
+
+def backward_call(provider: Callable[..., Tensor], inputs: tuple) -> Callable[[], tuple[Tensor, ...]]:
+    """The gradients of all float inputs but the position table, the graph kept from one forward."""
+    leaves = [x.detach().clone().requires_grad_() if differentiable(x) else x for x in inputs]
+    wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    out = provider(*leaves)
+    # From its own generator, so that every provider gets the same incoming gradient.
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, out.dtype)
+    return partial(torch.autograd.grad, out, wanted, gradient, retain_graph=True, allow_unused=True)
+
+
+def differentiable(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and not (x.dim() == 3 and x.shape[0] == 2)
+
+
+def agrees(actual: object, expected: object, tolerance: float) -> bool:
+    """Largest error within `tolerance` of the largest expected value, for each tensor; fp32 a hundred times closer."""
+    for a, e in zip(*((x,) if isinstance(x, Tensor) else x for x in (actual, expected)), strict=True):
+        if a is None or e is None:
+            continue
+        bound = tolerance * (1.0 if e.dtype == torch.bfloat16 else 0.01) * e.abs().max().double()
+        if not torch.isfinite(a).all() or (a.double() - e.double()).abs().max() > bound:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name.replace(" ", "_"))
+def test_op(case, dtype, direction, rates, record_row, benchmark):
+    if direction == "backward" and not case.backward:
+        pytest.skip(f"{case.name}: its gradients are library matrix products")
+    inputs = make_inputs(case, dtype)
+    make = forward_call if direction == "forward" else backward_call
+    expected = make(case.providers[case.eager], inputs[0])()
+    calls, refused = {}, {}
+    for name, provider in case.providers.items():
+        try:
+            result = make(provider, inputs[0])()
+        except (ImplementationError, RuntimeError) as error:
+            refused[name] = str(error).splitlines()[0]
+            continue
+        if name not in case.different and not agrees(result, expected, case.tolerance):
+            refused[name] = "differs from the eager composition"
+            continue
+        calls[name] = [make(provider, one) for one in inputs]
+    timings = compare(calls, DEVICE, seconds=float(len(calls)) * 0.3)
+    copy, matmul = rates(dtype)
+    what = {"case": case.name, "op": case.op, "shape": case.shape, "direction": direction}
+    what |= {"dtype": str(dtype).removeprefix("torch."), "input_dtype": str(inputs[0][0].dtype).removeprefix("torch.")}
+    least = case.bytes if direction == "forward" else case.backward_bytes
+    size, flops = least(dtype.itemsize), case.flops if direction == "forward" else case.backward_flops
+    for name, timing in timings.items():
+        row = {"ms_p20": timing.p20, "ms_p50": timing.p50, "ms_p80": timing.p80, "samples": timing.samples}
+        row |= {"host_us": timing.host_us, "ratio_to_eager": timings[case.eager].p50 / timing.p50}
+        if size:
+            rate = size / (timing.p50 / 1e3)
+            row |= {"gb_per_s": rate / 1e9, "percent_of_copy": 100 * rate / copy}
+        if flops:
+            rate = flops / (timing.p50 / 1e3)
+            row |= {"gflop_per_s": rate / 1e9, "percent_of_matmul": 100 * rate / matmul}
+        record_row(**what, provider=name, **row)
+    for name, reason in refused.items():
+        record_row(**what, provider=name, refused=reason)
+    benchmark.group = f"{case.name} {direction} {dtype}"
+    benchmark.extra_info["provider"] = next(name for name in calls if name != case.eager or len(calls) == 1)
+    benchmark.pedantic(calls[benchmark.extra_info["provider"]][0], rounds=5, warmup_rounds=1)
