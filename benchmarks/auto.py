@@ -2,8 +2,8 @@
 
     python benchmarks/auto.py
 
-For every op, device and dtype: implementations by their time over all cases and both directions, fastest first. What was
-not measured comes after what was, in the op's own order; the reference counts like any other.
+For every op, device and dtype: implementations by their time over all cases and both directions, fastest first. What
+was not measured comes after what was, in the op's own order; the reference counts like any other.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from vitok import _native
 from vitok.io.files import atomic_path
 
 COLUMNS = (
-    "case", "op", "shape", "dtype", "input_dtype", "direction", "provider", "ms_p20", "ms_p50", "ms_p80", "samples", "host_us",
-    "ratio_to_eager", "gb_per_s", "percent_of_copy", "gflop_per_s", "percent_of_matmul", "refused",
+    "case", "op", "shape", "dtype", "input_dtype", "direction", "provider", "ms_p20", "ms_p50", "ms_p80", "samples",
+    "host_us", "ratio_to_eager", "gb_per_s", "percent_of_copy", "gflop_per_s", "percent_of_matmul", "refused",
     "device", "cpu_isa", "threads", "torch", "triton", "python", "commit", "date",
 )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """The mathematics of a ViTok: one module an op, each a function, its eager reference and faster implementations."""
 
-from vitok.ops._registry import Choice, ImplementationError, choices
+from vitok.ops._registry import Choice, ImplementationError, check_environment, choices
 from vitok.ops.attention import attention
 from vitok.ops.gated_mlp_act import gated_mlp_act
 from vitok.ops.noise import normal_noise
@@ -22,3 +22,5 @@ __all__ = [
     "tubelet_gather",
     "tubelet_unembed",
 ]
+
+check_environment()

@@ -9,6 +9,7 @@ one silently. Under torch.compile "auto" of a pointwise op is its reference, whi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from vitok.errors import InputError
 
 # {op: {"cpu-avx512 bfloat16": {"order": [implementation, ...], "why": what was measured}}}
 _AUTO: dict[str, dict[str, dict[str, Any]]] = json.loads(Path(__file__).with_name("auto.json").read_text())
+# Tried first by "auto" whatever was measured; for tests and for finding out what an implementation brings.
+_FIRST = os.environ.get("VITOK_IMPL", "")
 _LIBRARY = _native.library()
 _CPU = f"cpu-{_LIBRARY.cpu_isa()}" if _LIBRARY else "cpu"
 
@@ -77,7 +80,7 @@ class Op:
     def select(self, impl: str, *args: Any) -> Implementation:
         """The implementation that `impl` means for these arguments."""
         if impl == "auto":
-            if self.pointwise and torch.compiler.is_compiling():
+            if self.pointwise and not _FIRST and torch.compiler.is_compiling():
                 return self.implementations["reference"]
             for candidate in self._candidates(args):
                 if not (candidate.missing or candidate.refuses(*args)):
@@ -102,11 +105,20 @@ class Op:
         measured = self.measured.get(f"{device} {str(dtype).removeprefix('torch.')}")
         names = measured["order"] if measured else self.implementations
         # On the CPU Triton is its interpreter, which is for tests and never the better choice.
-        return tuple(self.implementations[name] for name in names if device == "cuda" or name != "triton")
+        chosen = [name for name in names if device == "cuda" or name != "triton"]
+        first = [_FIRST] if _FIRST in self.implementations else []
+        return tuple(self.implementations[name] for name in [*first, *chosen])
 
     def choices(self) -> Iterator[Choice]:
         for implementation in self.implementations.values():
             yield Choice(self.name, implementation.name, not implementation.missing, implementation.missing)
+
+
+def check_environment() -> None:
+    """Raise InputError when VITOK_IMPL names no implementation of any op."""
+    names = sorted({name for op in OPS.values() for name in op.implementations})
+    if _FIRST and _FIRST not in names:
+        raise InputError(f"VITOK_IMPL is {_FIRST!r} in the environment; it must be one of {', '.join(names)}")
 
 
 def choices() -> list[Choice]:
