@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-long lint bench docs clean
+.PHONY: setup demo test test-long lint bench bench-ops docs clean
 
 setup: $(STAMP)
 
@@ -31,8 +31,15 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/pytest benchmarks --benchmark-json=benchmarks/results/latest.json
+	$(BIN)/pytest benchmarks/test_model.py --benchmark-json=benchmarks/results/latest.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/latest.json
+
+# Every op beside its peers; then what follows from the rows: the order of `auto`, the plots and the tables.
+bench-ops: setup
+	$(BIN)/pytest -q benchmarks/ops --results benchmarks/results
+	$(BIN)/python benchmarks/auto.py
+	$(BIN)/python benchmarks/plots.py
+	$(BIN)/python docs/generate.py
 
 docs: setup
 	$(BIN)/python docs/generate.py

@@ -54,7 +54,7 @@ def _triton_version() -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--rows", type=Path, help="write one CSV row a provider to this file")
+    parser.addoption("--results", type=Path, help="write one CSV row a provider to ops-<device>.csv in this folder")
 
 
 @pytest.fixture(scope="session")
@@ -69,9 +69,10 @@ def record_row(request: pytest.FixtureRequest):
         print(what, said, file=sys.__stdout__, flush=True)
 
     yield record
-    path = request.config.getoption("--rows")
-    if path and rows:
-        with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+    folder = request.config.getoption("--results")
+    if folder and rows:
+        device = "cuda" if torch.cuda.is_available() else f"cpu-{facts()['cpu_isa']}"
+        with atomic_path(folder / f"ops-{device}.csv") as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             for row in rows:

@@ -3,6 +3,7 @@
 A table stands between `<!-- generated: NAME -->` and `<!-- end -->` and comes from the code or from a result file.
 """
 
+import csv
 import json
 import re
 import runpy
@@ -64,7 +65,35 @@ def benchmarks() -> str:
     return table(RESULTS / "cpu-avx512.json")
 
 
-TABLES = {"models": models, "heldout": heldout, "examples": examples, "benchmarks": benchmarks}
+def ops() -> str:
+    """Every row of `make bench-ops`, the losing ones too."""
+    lines = []
+    for path in sorted(RESULTS.glob("ops-*.csv")):
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        lines += [
+            "| op | shape | dtype | direction | provider | ms, p20 - p50 - p80 | times eager | of copy or matmul |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            share = row["percent_of_matmul"] or row["percent_of_copy"]
+            what = f"| {row['case']} | {row['shape']} | {row['dtype']} | {row['direction']} | {row['provider']} "
+            if row["refused"]:
+                lines.append(f"{what}| refused: {row['refused']} | | |")
+                continue
+            times = " - ".join(row[f"ms_{p}"] for p in ("p20", "p50", "p80"))
+            lines.append(f"{what}| {times} | {float(row['ratio_to_eager']):.2f} | {share and f'{float(share):.0f}%'} |")
+        first = rows[0]
+        lines += [
+            "",
+            f"{first['date']}, {first['device']}, {first['threads']} threads, {first['cpu_isa']}, "
+            f"torch {first['torch']}, commit {first['commit'][:12]}",
+            "",
+        ]
+    return "\n".join(lines).rstrip()
+
+
+TABLES = {"ops": ops, "models": models, "heldout": heldout, "examples": examples, "benchmarks": benchmarks}
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 
 

@@ -1,6 +1,6 @@
 """Every op against the eager composition and its peers: providers interleaved in one process, one CSV of all rows.
 
-    pytest benchmarks/ops --rows benchmarks/results/ops-cpu-avx512.csv --benchmark-json ...
+    pytest benchmarks/ops --results benchmarks/results
 
 A provider whose numbers differ from the eager one's prints no time. pytest-benchmark keeps the time of `auto`'s choice,
 for comparing one's own runs; the ratios come from the interleaved rows.

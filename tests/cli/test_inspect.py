@@ -38,7 +38,7 @@ def test_version(vitok):
 
 def test_info(vitok, nothing_bundled):
     facts = json.loads(vitok("info", "--json").out)
-    assert set(facts) == {"versions", "native", "cpu", "gpus", "ops"}
+    assert set(facts) == {"versions", "native", "cpu", "gpus", "ops", "auto"}
     assert facts["versions"]["vitok"] == package.__version__ and facts["versions"]["torch"] == torch.__version__
     assert set(facts["native"]) == {"available", "reason", "cpu_isa", "cpu_isas", "cuda_archs", "build"}
     assert facts["native"]["available"] == (_native.library() is not None) == (not facts["native"]["reason"])
@@ -48,6 +48,10 @@ def test_info(vitok, nothing_bundled):
         assert choice["usable"] == (not choice["reason"])
     usable = {(choice["op"], choice["implementation"]) for choice in facts["ops"] if choice["usable"]}
     assert {(choice["op"], "reference") for choice in facts["ops"]} <= usable
+    assert {line["op"] for line in facts["auto"]} == {choice["op"] for choice in facts["ops"]}
+    for line in facts["auto"]:
+        assert line["order"] and line["why"]
+        assert all((line["op"], name) in usable for name in line["order"])
     text = vitok("info").out
     assert torch.__version__ in text and all(
         name in text for op in facts["ops"] for name in (op["op"], op["implementation"])

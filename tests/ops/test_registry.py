@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from vitok import ops
 from vitok.ops._registry import OPS, Implementation, ImplementationError, Op
@@ -54,3 +55,22 @@ def test_every_op_has_a_reference_that_is_always_usable_and_comes_last():
     for choices in rows.values():
         assert choices[-1].implementation == "reference" and choices[-1].usable
         assert all(choice.usable is not bool(choice.reason) for choice in choices)
+
+
+def test_what_was_measured_decides_the_order(op, monkeypatch):
+    monkeypatch.setattr(op, "measured", {"cuda bfloat16": {"order": ["reference", "picky"], "why": "measured"}})
+    assert [i.name for i in op._order("cuda", torch.bfloat16)] == ["reference", "picky"]
+    assert [i.name for i in op._order("cuda", torch.float32)] == ["absent", "picky", "reference"]
+
+
+def test_an_implementation_put_first_by_the_environment(python):
+    code = """
+import torch
+from vitok import ops
+from vitok.ops._registry import OPS
+print({name: op.orders[False, torch.float32][0].name for name, op in OPS.items()}["norm"])
+"""
+    assert python(code, VITOK_IMPL="reference") == "reference"
+    failing = "try:\n    import vitok\nexcept ValueError as error: print(error)"
+    message = python(failing, VITOK_IMPL="cuda")
+    assert message.startswith("VITOK_IMPL is 'cuda' in the environment; it must be one of ")

@@ -55,6 +55,7 @@ def collect() -> dict[str, Any]:
             for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         ],
         "ops": [dataclasses.asdict(choice) for choice in ops.choices()],
+        "auto": [dataclasses.asdict(line) for line in ops.preferences()],
     }
 
 
@@ -87,10 +88,17 @@ def info(as_json: bool) -> None:
             click.echo(f"  {name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
     rows = [(c["op"], c["implementation"], "yes" if c["usable"] else "no", c["reason"]) for c in facts["ops"]]
     show_table(
-        "ops (auto takes the first usable that accepts the arguments)",
+        "implementations",
         ("op", "implementation", "usable", "why not"),
         rows,
         text=range(4),
+    )
+    chosen = [a for a in facts["auto"] if a["device"] != "cuda" or facts["gpus"]]
+    show_table(
+        "auto takes the first that accepts the arguments",
+        ("op", "device", "dtype", "order", "why"),
+        [(a["op"], a["device"], a["dtype"], ", ".join(a["order"]), a["why"]) for a in chosen],
+        text=range(5),
     )
 
 

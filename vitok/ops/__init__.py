@@ -1,6 +1,6 @@
 """The mathematics of a ViTok: one module an op, each a function, its eager reference and faster implementations."""
 
-from vitok.ops._registry import Choice, ImplementationError, check_environment, choices
+from vitok.ops._registry import Choice, ImplementationError, Preference, check_environment, choices, preferences
 from vitok.ops.attention import attention
 from vitok.ops.gated_mlp_act import gated_mlp_act
 from vitok.ops.noise import normal_noise
@@ -12,11 +12,13 @@ from vitok.ops.tubelet_unembed import tubelet_unembed
 __all__ = [
     "Choice",
     "ImplementationError",
+    "Preference",
     "attention",
     "choices",
     "gated_mlp_act",
     "norm",
     "normal_noise",
+    "preferences",
     "qk_norm_rope",
     "tubelet_embed",
     "tubelet_gather",

@@ -114,6 +114,32 @@ class Op:
             yield Choice(self.name, implementation.name, not implementation.missing, implementation.missing)
 
 
+@dataclass(frozen=True)
+class Preference:
+    """One line of `vitok info`: the order in which "auto" tries an op's implementations for a device and dtype here."""
+
+    op: str
+    device: str
+    dtype: str
+    order: tuple[str, ...]
+    why: str
+
+
+def preferences() -> list[Preference]:
+    """What "auto" follows on this machine's CPU and on GPUs, for the dtypes that matter."""
+    lines = []
+    for op in OPS.values():
+        pixels = any(key.endswith(" uint8") for key in op.measured)
+        for dtype in (torch.uint8,) if pixels else (torch.bfloat16, torch.float32):
+            for device in (_CPU, "cuda"):
+                order = tuple(i.name for i in op.orders[device == "cuda", dtype] if not i.missing)
+                name = str(dtype).removeprefix("torch.")
+                measured = op.measured.get(f"{device} {name}")
+                why = measured["why"] if measured else "not measured here: the op's own order"
+                lines.append(Preference(op.name, device, name, order, why))
+    return lines
+
+
 def check_environment() -> None:
     """Raise InputError when VITOK_IMPL names no implementation of any op."""
     names = sorted({name for op in OPS.values() for name in op.implementations})
