@@ -158,9 +158,21 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _parameters(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     """Contiguous, and of one dtype: that of x, or the one of the arithmetic."""
-    present = [p for p in parameters if p is not None]
-    dtype = x.dtype if all(p.dtype == x.dtype for p in present) else _compute_dtype(x)
-    return [None if p is None else p.to(dtype).contiguous() for p in parameters]
+    dtype = x.dtype
+    for p in parameters:
+        if p is not None and p.dtype != dtype:
+            dtype = _compute_dtype(x)
+            break
+    return [
+        p if p is None or (p.dtype == dtype and p.is_contiguous()) else p.to(dtype).contiguous() for p in parameters
+    ]
+
+
+def _parameter_dtype(otherwise: str, *parameters: Tensor | None) -> str:
+    for p in parameters:
+        if p is not None:
+            return _native.DTYPE[p.dtype]
+    return otherwise
 
 
 def _address(x: Tensor | None) -> int:
@@ -176,11 +188,16 @@ def _forward_fake(
     bias: Tensor | None,
     centred: bool,
     eps: float,
+    save: bool,
 ) -> list[Tensor]:
-    """[y, s, stats], without a residual [y, stats]; stats are rows of means (if centred) and of 1 / deviation."""
-    sums = [] if residual is None else [x.new_empty(x.shape)]
-    stats = x.new_empty((1 + centred, x.shape[:-1].numel()), dtype=_compute_dtype(x))
-    return [x.new_empty(x.shape), *sums, stats]
+    """[y, then s with a residual, then stats to save]; stats are rows of means (if centred) and of 1 / deviation."""
+    outputs = [torch.empty_like(x, memory_format=torch.contiguous_format)]
+    if residual is not None:
+        outputs.append(torch.empty_like(x, memory_format=torch.contiguous_format))
+    if save:
+        rows = x.numel() // x.shape[-1]
+        outputs.append(torch.empty((1 + centred, rows), dtype=_compute_dtype(x), device=x.device))
+    return outputs
 
 
 def _forward(
@@ -192,13 +209,17 @@ def _forward(
     bias: Tensor | None,
     centred: bool,
     eps: float,
+    save: bool,
 ) -> list[Tensor]:
-    y, *sums, stats = outputs = _forward_fake(impl, x, residual, scale, weight, bias, centred, eps)
-    width, rows = x.shape[-1], stats.shape[1]
+    outputs = _forward_fake(impl, x, residual, scale, weight, bias, centred, eps, save)
+    y = outputs[0]
+    s = None if residual is None else outputs[1]
+    stats = outputs[-1] if save else None
+    width = x.shape[-1]
+    rows = x.numel() // width
     x, x_stride = _rows(x)
     residual, residual_stride = (None, 0) if residual is None else _rows(residual)
     scale, weight, bias = _parameters(x, scale, weight, bias)
-    s = sums[0] if sums else None
     if impl == "triton":
         from vitok.kernels import norm as kernel
 
@@ -206,19 +227,19 @@ def _forward(
             x, x_stride, residual, residual_stride, scale, weight, bias, rows, width, centred, eps, s, y, stats
         )
         return outputs
-    parameter = next((p for p in (scale, weight, bias) if p is not None), x)
+    dtype = _native.DTYPE[x.dtype]
     _native.run(
         "norm_forward", x,
         x.data_ptr(), x_stride, _address(residual), residual_stride, _address(scale), _address(weight), _address(bias),
-        _native.DTYPE[x.dtype], _native.DTYPE[parameter.dtype], rows, width, centred, eps,
-        _address(s), y.data_ptr(), stats.data_ptr(),
+        dtype, _parameter_dtype(dtype, scale, weight, bias), rows, width, centred, eps,
+        _address(s), y.data_ptr(), _address(stats),
     )  # fmt: skip
     return outputs
 
 
 _FORWARD = define(
     "norm_forward(str impl, Tensor x, Tensor? residual, Tensor? scale, Tensor? weight, Tensor? bias, bool centred, "
-    "float eps) -> Tensor[]",
+    "float eps, bool save) -> Tensor[]",
     _forward,
     _forward_fake,
 )
@@ -276,12 +297,12 @@ def _backward(
             centred, grad_sum, grad_x, wanted, partials, grads,
         )  # fmt: skip
         return outputs
-    parameter = next((p for p in (scale, weight) if p is not None), s)
+    dtype = _native.DTYPE[s.dtype]
     _native.run(
         "norm_backward", s,
         grad_y.data_ptr(), grad_y_stride, _address(grad_s), grad_s_stride, s.data_ptr(), s_stride,
         _address(x), x_stride, _address(scale), _address(weight), stats.data_ptr(),
-        _native.DTYPE[s.dtype], _native.DTYPE[parameter.dtype], rows, width, centred,
+        dtype, _parameter_dtype(dtype, scale, weight), rows, width, centred,
         grad_sum.data_ptr(), _address(grad_x), *wanted, blocks, partials.data_ptr(), grads.data_ptr(),
     )  # fmt: skip
     return outputs
@@ -305,7 +326,7 @@ _BACKWARD = define(
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, impl, x, residual, scale, weight, bias, centred, eps):  # type: ignore[no-untyped-def]
-        y, *sums, stats = _FORWARD(impl, x, residual, scale, weight, bias, centred, eps)
+        y, *sums, stats = _FORWARD(impl, x, residual, scale, weight, bias, centred, eps, True)
         s = sums[0] if sums else x
         ctx.save_for_backward(s, None if scale is None else x, scale, weight, stats)
         ctx.impl, ctx.centred = impl, centred
@@ -330,30 +351,29 @@ class _Norm(torch.autograd.Function):
         return None, grad_x, grad_sum if residual_wanted else None, to_scale, to_weight, to_bias, None, None
 
 
-def _run(impl: str, x: Tensor, *tensors: Tensor | None, kind: str, eps: float) -> Any:
-    """tensors: residual, scale, weight, bias."""
-    arguments = (impl, x, *tensors, kind == "layer", eps)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        return _Norm.apply(*arguments)
-    y, *sums, _ = _FORWARD(*arguments)
-    return (y, *sums) if sums else y
-
-
-def _norm(impl: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float) -> Tensor:
-    return _run(impl, x, None, None, weight, bias, kind=kind, eps=eps)
-
-
-def _add_norm(
+def _run(
     impl: str,
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     kind: str,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    return _run(impl, x, residual, scale, weight, bias, kind=kind, eps=eps)
+) -> Any:
+    """y, with a residual (y, s)."""
+    centred = kind == "layer"
+    if torch.is_grad_enabled():
+        for tensor in (x, residual, scale, weight, bias):
+            if tensor is not None and tensor.requires_grad:
+                return _Norm.apply(impl, x, residual, scale, weight, bias, centred, eps)
+    outputs = _FORWARD(impl, x, residual, scale, weight, bias, centred, eps, False)
+    return outputs[0] if residual is None else tuple(outputs)
+
+
+def _run_norm(impl: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float) -> Tensor:
+    y: Tensor = _run(impl, x, None, None, weight, bias, kind, eps)
+    return y
 
 
 def _native_refuses(x: Tensor, *_: object) -> str:
@@ -380,5 +400,5 @@ def _op(name: str, run: Callable[..., Any], reference: Callable[..., Any]) -> Op
     )
 
 
-_NORM = _op("norm", _norm, reference)
-_ADD_NORM = _op("add_norm", _add_norm, add_reference)
+_NORM = _op("norm", _run_norm, reference)
+_ADD_NORM = _op("add_norm", _run, add_reference)
