@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 
 # Elements of a tile and of one warp's share of it. Forward: 32 values a thread, which hide the latency of a load;
-# backward holds two inputs and up to three sums, so 16. Not measured yet.
+# backward holds two inputs and up to three sums, so 8. Not measured yet.
 FORWARD_TILE, FORWARD_WARP = 4096, 1024
-BACKWARD_TILE, BACKWARD_WARP = 2048, 512
+BACKWARD_TILE, BACKWARD_WARP = 1024, 256
 # Rows of narrow tensors that one tile takes at most.
 MAX_ROWS = 64
 # Columns and blocks that one step of the last sum takes: 8 values a thread.
