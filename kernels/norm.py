@@ -24,6 +24,8 @@ import triton.language as tl
 # backward holds two inputs and up to three sums, so 8. Not measured yet.
 FORWARD_TILE, FORWARD_WARP = 4096, 1024
 BACKWARD_TILE, BACKWARD_WARP = 1024, 256
+# No copies ahead through shared memory: other blocks hide the latency, and the copies' bookkeeping costs registers.
+BACKWARD_STAGES = 1
 # Rows of narrow tensors that one tile takes at most.
 MAX_ROWS = 64
 # Columns and blocks that one step of the last sum takes: 8 values a thread.
@@ -286,6 +288,7 @@ def norm_backward(
         parameters * width,
         triton.cdiv(triton.cdiv(rows, blocks), options["BLOCK_M"]),
         CENTRED=centred,
+        num_stages=BACKWARD_STAGES,
         **options,
     )
     if parameters:

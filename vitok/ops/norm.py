@@ -21,7 +21,7 @@ from vitok.ops._library import define
 from vitok.ops._registry import Implementation, Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_WIDTH_CUDA, MAX_WIDTH_TRITON = 8192, 4096  # a row stays in the registers of one thread block
+MAX_GPU_WIDTH = 4096  # a row stays in the registers of one thread block
 
 
 def norm(
@@ -377,16 +377,16 @@ def _run_norm(impl: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, 
 
 
 def _native_refuses(x: Tensor, *_: object) -> str:
-    if x.is_cuda and x.shape[-1] > MAX_WIDTH_CUDA:
-        return f"rows have at most {MAX_WIDTH_CUDA} elements on CUDA, got {x.shape[-1]}"
+    if x.is_cuda and x.shape[-1] > MAX_GPU_WIDTH:
+        return f"rows have at most {MAX_GPU_WIDTH} elements on CUDA, got {x.shape[-1]}"
     return _native.refuses(x)
 
 
 def _triton_refuses(x: Tensor, *_: object) -> str:
     if x.dtype == torch.float64:
         return "it computes in float32"
-    if x.shape[-1] > MAX_WIDTH_TRITON:
-        return f"rows have at most {MAX_WIDTH_TRITON} elements, got {x.shape[-1]}"
+    if x.shape[-1] > MAX_GPU_WIDTH:
+        return f"rows have at most {MAX_GPU_WIDTH} elements, got {x.shape[-1]}"
     return _triton.refuses(x)
 
 
