@@ -377,6 +377,8 @@ def _run_norm(impl: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, 
 
 
 def _native_refuses(x: Tensor, *_: object) -> str:
+    if x.is_cuda and x.dtype == torch.float64:
+        return "it computes in float32 on CUDA"
     if x.is_cuda and x.shape[-1] > MAX_GPU_WIDTH:
         return f"rows have at most {MAX_GPU_WIDTH} elements on CUDA, got {x.shape[-1]}"
     return _native.refuses(x)
