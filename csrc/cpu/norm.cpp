@@ -83,6 +83,13 @@ VITOK_INLINE F row_mean(const V (&chain)[kChains], int64_t width) {
     return lanes_sum((chain[0] + chain[1]) + (chain[2] + chain[3])) / static_cast<F>(width);
 }
 
+// Where there is no mean, none is subtracted.
+template <bool kCentred, class V>
+VITOK_INLINE V hat(V s, V mean, V rstd) {
+    if constexpr (kCentred) return norm_hat(s, mean, rstd);
+    else return s * rstd;
+}
+
 #define VITOK_EACH(...) [&](auto at, int64_t e, int chain) __attribute__((always_inline)) { (void)chain; __VA_ARGS__ }
 
 template <class T, class W, bool kCentred, bool kAdd>
@@ -139,7 +146,7 @@ void forward(const NormForward& n) {
         T* const y = static_cast<T*>(n.y) + r * width;
         const V shift = Wide::all(mean), factor = Wide::all(rstd);
         over_row<F>(width, VITOK_EACH({
-            V v = norm_hat(at.load(row + e), shift, factor);
+            V v = hat<kCentred>(at.load(row + e), shift, factor);
             if (weight) v = v * at.load(weight + e);
             if (bias) v = v + at.load(bias + e);
             at.store(y + e, v);
@@ -169,10 +176,10 @@ VITOK_INLINE void backward_rows(const NormBackward& n, int64_t first, F* grad_we
         V to_weight = Wide::all(0), to_bias = Wide::all(0), w = Wide::all(1);
         if (weight) w = at.load(weight + e);
         for (int i = 0; i < R; ++i) {
-            const V dy = at.load(grad_y[i] + e), hat = norm_hat(at.load(s[i] + e), mean[i], rstd[i]), g = dy * w;
+            const V dy = at.load(grad_y[i] + e), h = hat<kCentred>(at.load(s[i] + e), mean[i], rstd[i]), g = dy * w;
             if constexpr (kCentred) sum[i] = sum[i] + g;
-            product[i] = lanes_fma(g, hat, product[i]);
-            to_weight = lanes_fma(dy, hat, to_weight);
+            product[i] = lanes_fma(g, h, product[i]);
+            to_weight = lanes_fma(dy, h, to_weight);
             to_bias = to_bias + dy;
         }
         if (grad_weight) at.store(grad_weight + e, at.load(grad_weight + e) + to_weight);
@@ -184,8 +191,8 @@ VITOK_INLINE void backward_rows(const NormBackward& n, int64_t first, F* grad_we
         if (scale) factor = at.load(scale + e);
         for (int i = 0; i < R; ++i) {
             const int64_t r = first + i;
-            const V hat = norm_hat(at.load(s[i] + e), mean[i], rstd[i]);
-            V gradient = norm_grad(at.load(grad_y[i] + e) * w, hat, rstd[i], sum[i], product[i]);
+            const V h = hat<kCentred>(at.load(s[i] + e), mean[i], rstd[i]);
+            V gradient = norm_grad(at.load(grad_y[i] + e) * w, h, rstd[i], sum[i], product[i]);
             if (n.grad_s) gradient = gradient + at.load(static_cast<const T*>(n.grad_s) + r * n.grad_s_stride + e);
             at.store(static_cast<T*>(n.grad_sum) + r * width + e, gradient);
             if (scale) {

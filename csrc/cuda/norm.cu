@@ -154,6 +154,7 @@ __device__ __forceinline__ void write_partial(float* to, int32_t width, int32_t 
 template <class T, class W, int V, int kGroup, bool kScaled>
 __global__ void __launch_bounds__(kThreads) norm_backward_kernel(const NormBackward n, const int64_t columns) {
     constexpr int kVectors = kValues / V, kGroups = kThreads / kGroup;
+    constexpr bool kHold = V > 1;  // element by element there are too few registers; the second pass loads again, from the cache
     const int32_t width = static_cast<int32_t>(n.width);
     const int32_t first = static_cast<int32_t>(threadIdx.x % kGroup) * V;
     const int64_t end = norm_first_row(blockIdx.x + 1, n.rows, n.blocks);
@@ -166,18 +167,22 @@ __global__ void __launch_bounds__(kThreads) norm_backward_kernel(const NormBackw
         const float mean = n.centred ? stats[0] : 0.0f, rstd = stats[n.centred ? n.rows : 0];
         Vector<T, V> s[kVectors], grad_y[kVectors];
         float sum = 0, product = 0;
-#pragma unroll
-        for (int k = 0; k < kVectors; ++k) {
+        const auto fetch = [&](int k) {
             const int32_t e = first + k * kGroup * V;
             if (e < width) {
                 s[k] = load<V, T>(n.s, row * n.s_stride + e);
                 grad_y[k] = load<V, T>(n.grad_y, row * n.grad_y_stride + e);
             }
+        };
+        if constexpr (kHold) {
+#pragma unroll
+            for (int k = 0; k < kVectors; ++k) fetch(k);
         }
 #pragma unroll
         for (int k = 0; k < kVectors; ++k) {
             const int32_t e = first + k * kGroup * V;
             if (e < width) {
+                if constexpr (!kHold) fetch(k);
                 float w[V];
 #pragma unroll
                 for (int v = 0; v < V; ++v) w[v] = 1;
@@ -202,6 +207,7 @@ __global__ void __launch_bounds__(kThreads) norm_backward_kernel(const NormBackw
         for (int k = 0; k < kVectors; ++k) {
             const int32_t e = first + k * kGroup * V;
             if (e < width) {
+                if constexpr (!kHold) fetch(k);
                 float gradient[V];
 #pragma unroll
                 for (int v = 0; v < V; ++v) gradient[v] = widen(grad_y[k].element[v]);
