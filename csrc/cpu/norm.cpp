@@ -50,14 +50,14 @@ struct Whole {
         lanes_store(to, x);
     }
 };
-struct First {
+struct First {  // called, not inlined: once a row, and long where the instruction set has no conversions
     int64_t n;
     template <class T>
-    Lanes load(const T* from, float fill = 0.0f) const {
+    __attribute__((noinline)) Lanes load(const T* from, float fill = 0.0f) const {
         return lanes_load_first(from, n, fill);
     }
     template <class T>
-    void store(T* to, Lanes x) const {
+    __attribute__((noinline)) void store(T* to, Lanes x) const {
         lanes_store_first(to, x, n);
     }
 };
