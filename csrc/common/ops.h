@@ -2,7 +2,10 @@
 // struct, and a function of this name in cpu/ and, with _cuda behind it, in cuda/; the rest follows from the list.
 #pragma once
 
+#include "norm.h"
 #include "tubelet_gather.h"
 
-#define VITOK_OPS(op) \
-    op(tubelet_gather, TubeletGather)
+#define VITOK_OPS(op)                  \
+    op(tubelet_gather, TubeletGather)  \
+    op(norm_forward, NormForward)      \
+    op(norm_backward, NormBackward)

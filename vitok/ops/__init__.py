@@ -4,7 +4,7 @@ from vitok.ops._registry import Choice, ImplementationError, Preference, check_e
 from vitok.ops.attention import attention
 from vitok.ops.gated_mlp_act import gated_mlp_act
 from vitok.ops.noise import normal_noise
-from vitok.ops.norm import norm
+from vitok.ops.norm import add_norm, norm
 from vitok.ops.qk_norm_rope import qk_norm_rope
 from vitok.ops.tubelet_embed import tubelet_embed, tubelet_gather
 from vitok.ops.tubelet_unembed import tubelet_unembed
@@ -13,6 +13,7 @@ __all__ = [
     "Choice",
     "ImplementationError",
     "Preference",
+    "add_norm",
     "attention",
     "choices",
     "gated_mlp_act",
