@@ -2,7 +2,10 @@
 // struct, and a function of this name in cpu/ and, with _cuda behind it, in cuda/; the rest follows from the list.
 #pragma once
 
+#include "qk_norm_rope.h"
 #include "tubelet_gather.h"
 
 #define VITOK_OPS(op) \
+    op(qk_norm_rope_forward, QkNormRopeForward) \
+    op(qk_norm_rope_backward, QkNormRopeBackward) \
     op(tubelet_gather, TubeletGather)
