@@ -23,12 +23,15 @@ void widen_row(const void* from, DType dtype, int64_t n, F* to) {
     });
 }
 
-// The head_dims in use are compile-time constants, so that a row's vectors are counted once; 0 stands for all others.
-template <class Fn>
+// Calls fn(count), count() being the width: a compile-time constant for the head_dims in use, so that the loops over a row
+// unroll.
+template <class V, class Fn>
 VITOK_INLINE void with_width(int64_t width, const Fn& fn) {
-    if (width == 64) return fn([] { return int64_t{64}; });
-    if (width == 72) return fn([] { return int64_t{72}; });
-    if (width == 128) return fn([] { return int64_t{128}; });
+    if constexpr (V::kCount > 1) {
+        if (width == 64) return fn([] { return int64_t{64}; });
+        if (width == 72) return fn([] { return int64_t{72}; });
+        if (width == 128) return fn([] { return int64_t{128}; });
+    }
     fn([=] { return width; });
 }
 
@@ -78,7 +81,7 @@ void forward(const QkNormRopeForward& a) {
                 }
                 const float* const cos = ROTATE ? table + l * a.table_strides[1] : nullptr;
                 const float* const sin = ROTATE ? cos + a.table_strides[0] : nullptr;
-                with_width(width, [&](const auto& count) {
+                with_width<V>(width, [&](const auto& count) {
                     const HeadRow<F> row{count(), weights[part], cos, sin, static_cast<F>(a.eps)};
                     for (int64_t h = 0; h < heads; ++h)
                         head_forward<V, NORM, ROTATE>(x + h * stride, out + h * count(), row);
@@ -124,7 +127,7 @@ void backward(const QkNormRopeBackward& a) {
                 const T* const x = NORM ? source.at(b, l, part) : nullptr;
                 const float* const cos = ROTATE ? table + l * a.table_strides[1] : nullptr;
                 const float* const sin = ROTATE ? cos + a.table_strides[0] : nullptr;
-                with_width(width, [&](const auto& count) {
+                with_width<V>(width, [&](const auto& count) {
                     const HeadRow<F> row{count(), weights[part], cos, sin, static_cast<F>(a.eps)};
                     for (int64_t h = 0; h < heads; ++h)
                         head_backward<V, NORM, ROTATE>(grad + h * grad_stride, NORM ? x + h * stride : nullptr,
