@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BLOCK_TOKENS = 32
 # Blocks that share the rows of q, as many for k and v, on CUDA: a few for each multiprocessor of any GPU.
 CUDA_BLOCKS, CUDA_BLOCK_ROWS = 1024, 64
-MAX_NATIVE_HEAD_DIM = 1024
+MAX_NATIVE_HEAD_DIM, MAX_CUDA_FLOAT64_HEAD_DIM = 1024, 256
 
 
 def qk_norm_rope(
@@ -256,8 +256,9 @@ def _run(
 def _native_refuses(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, table: Tensor | None, eps: float
 ) -> str:
-    if qkv.shape[4] > MAX_NATIVE_HEAD_DIM:
-        return f"a head has at most {MAX_NATIVE_HEAD_DIM} channels, got {qkv.shape[4]}"
+    largest = MAX_CUDA_FLOAT64_HEAD_DIM if qkv.is_cuda and qkv.dtype == torch.float64 else MAX_NATIVE_HEAD_DIM
+    if qkv.shape[4] > largest:
+        return f"a head has at most {largest} channels, got {qkv.shape[4]}"
     return _native.refuses(qkv, q_weight)
 
 
