@@ -133,12 +133,11 @@ def _forward(
 ) -> Tensor:
     qkv = _rows(qkv)
     q_weight, k_weight, table = (None if x is None else _rows(x) for x in (q_weight, k_weight, table))
-    out = _empty(impl, qkv, q_weight, k_weight, table, eps)
     if impl == "triton":
         from vitok.kernels import qk_norm_rope as kernel
 
-        kernel.qk_norm_rope_forward(qkv, q_weight, k_weight, table, eps, out)
-        return out
+        return kernel.qk_norm_rope_forward(qkv, q_weight, k_weight, table, eps)
+    out = _empty(impl, qkv, q_weight, k_weight, table, eps)
     batch, length, _, heads, head_dim = qkv.shape
     _native.run(
         "qk_norm_rope_forward", qkv,
@@ -184,13 +183,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = _rows(grad)
     qkv, q_weight, k_weight, table = (None if x is None else _rows(x) for x in (qkv, q_weight, k_weight, table))
-    gradients = _empty_backward(impl, grad, qkv, q_weight, k_weight, table, eps)
-    dqkv, dq_weight, dk_weight = gradients
     if impl == "triton":
         from vitok.kernels import qk_norm_rope as kernel
 
-        kernel.qk_norm_rope_backward(grad, qkv, q_weight, k_weight, table, eps, dqkv, dq_weight, dk_weight)
-        return gradients
+        dqkv, dq_weight, dk_weight = kernel.qk_norm_rope_backward(grad, qkv, q_weight, k_weight, table, eps)
+        if dq_weight is None or dk_weight is None:
+            return dqkv, grad.new_empty(0), grad.new_empty(0)
+        return dqkv, dq_weight, dk_weight
+    gradients = _empty_backward(impl, grad, qkv, q_weight, k_weight, table, eps)
+    dqkv, dq_weight, dk_weight = gradients
     batch, length, _, heads, head_dim = grad.shape
     blocks = _blocks(grad)
     pointers = (0, 0, 0)
