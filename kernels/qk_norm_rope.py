@@ -16,6 +16,8 @@ A half is cut into a power of two and a rest, 36 = 32 + 4, instead of padded to 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -104,18 +106,19 @@ def _load_weights(q_ptr, k_ptr, part, START: tl.constexpr, BLOCK: tl.constexpr, 
 
 
 @triton.jit
-def _locate(row, rows, length, heads, stride_b, stride_l, stride_part, stride_head, part):
-    """Offsets of rows (b, l, h) of a part in a packed tensor by strides; int64. Rows past the end are taken as row 0."""
+def _locate(row, rows, length, heads, stride_b, stride_l, stride_part, stride_head, part, ALIGN: tl.constexpr):
+    """int64 offsets of rows (b, l, h) of a part in a packed tensor by strides, multiples of ALIGN; past the end, of row 0."""
     row = tl.where(row < rows, row, 0)
     token = row // heads
     b = token // length
-    strided = b.to(tl.int64) * stride_b + (token - b * length).to(tl.int64) * stride_l
-    return strided + (row - token * heads).to(tl.int64) * stride_head + part.to(tl.int64) * stride_part
+    at = b.to(tl.int64) * stride_b + (token - b * length).to(tl.int64) * stride_l
+    at += (row - token * heads).to(tl.int64) * stride_head + part.to(tl.int64) * stride_part
+    return tl.multiple_of(at, ALIGN)
 
 
 @triton.jit
-def _locate_angles(row, rows, length, heads, stride_l):
-    return (tl.where(row < rows, row, 0) // heads % length).to(tl.int64) * stride_l
+def _locate_angles(row, rows, length, heads, stride_l, ALIGN: tl.constexpr):
+    return tl.multiple_of((tl.where(row < rows, row, 0) // heads % length).to(tl.int64) * stride_l, ALIGN)
 
 
 @triton.jit
@@ -175,6 +178,8 @@ def qk_norm_rope_forward_kernel(
     NORM: tl.constexpr,
     ROTATE: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TABLE_ALIGN: tl.constexpr,
     MAIN: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -184,6 +189,7 @@ def qk_norm_rope_forward_kernel(
     Channels are taken in two segments, MAIN and REST; the compiler merges the norm's load of a segment with the second one.
     WIDE: row numbers need 64 bits; otherwise the divisions are of 32 bits.
     """
+    SEGMENTS: tl.constexpr = 2 if REST else 1
     part = tl.program_id(1)
     program = tl.program_id(0)
     if WIDE:
@@ -191,29 +197,23 @@ def qk_norm_rope_forward_kernel(
     row = program * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = row < rows
     source = _locate(
-        row, rows, length, heads, qkv_stride_b, qkv_stride_l, qkv_stride_part, qkv_stride_head, part
+        row, rows, length, heads, qkv_stride_b, qkv_stride_l, qkv_stride_part, qkv_stride_head, part, ALIGN
     )
     target = _locate_packed(row, rows, heads, part, D)
     if part == 2:
-        _copy(qkv_ptr, out_ptr, source, target, inside, 0, MAIN, D)
-        if REST:
-            _copy(qkv_ptr, out_ptr, source, target, inside, MAIN, REST, D)
+        for seg in tl.static_range(SEGMENTS):
+            _copy(qkv_ptr, out_ptr, source, target, inside, seg * MAIN, REST if seg else MAIN, D)
     else:
-        angles = _locate_angles(row, rows, length, heads, table_stride_l)
+        angles = _locate_angles(row, rows, length, heads, table_stride_l, TABLE_ALIGN)
         rstd = tl.zeros((BLOCK_R,), tl.float32)
         if NORM:
-            squares = _squares(qkv_ptr, source, inside, 0, MAIN, D)
-            if REST:
-                squares += _squares(qkv_ptr, source, inside, MAIN, REST, D)
-            rstd = head_rstd(squares, D, eps)
-        _forward(
-            qkv_ptr, q_weight_ptr, k_weight_ptr, table_ptr, out_ptr, source, angles, target, inside, part,
-            table_stride_part, rstd, NORM, ROTATE, 0, MAIN, D,
-        )  # fmt: skip
-        if REST:
+            for seg in tl.static_range(SEGMENTS):
+                rstd += _squares(qkv_ptr, source, inside, seg * MAIN, REST if seg else MAIN, D)
+            rstd = head_rstd(rstd, D, eps)
+        for seg in tl.static_range(SEGMENTS):
             _forward(
                 qkv_ptr, q_weight_ptr, k_weight_ptr, table_ptr, out_ptr, source, angles, target, inside, part,
-                table_stride_part, rstd, NORM, ROTATE, MAIN, REST, D,
+                table_stride_part, rstd, NORM, ROTATE, seg * MAIN, REST if seg else MAIN, D,
             )  # fmt: skip
 
 
@@ -300,6 +300,8 @@ def qk_norm_rope_backward_kernel(
     NORM: tl.constexpr,
     ROTATE: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TABLE_ALIGN: tl.constexpr,
     MAIN: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -308,6 +310,7 @@ def qk_norm_rope_backward_kernel(
 
     u = g turned back,  dx = rstd (u weight - n mean(u weight n)),  partials[program, part] = sum over its rows of u n.
     """
+    SEGMENTS: tl.constexpr = 2 if REST else 1
     part = tl.program_id(1)
     program = tl.program_id(0)
     if WIDE:
@@ -321,36 +324,32 @@ def qk_norm_rope_backward_kernel(
         row = first_row + tl.arange(0, BLOCK_R)
         inside = row < rows
         grad_at = _locate(
-            row, rows, length, heads, grad_stride_b, grad_stride_l, grad_stride_part, grad_stride_head, part
+            row, rows, length, heads, grad_stride_b, grad_stride_l, grad_stride_part, grad_stride_head, part, ALIGN
         )
         target = _locate_packed(row, rows, heads, part, D)
         if part == 2:
-            _copy(grad_ptr, dqkv_ptr, grad_at, target, inside, 0, MAIN, D)
-            if REST:
-                _copy(grad_ptr, dqkv_ptr, grad_at, target, inside, MAIN, REST, D)
+            for seg in tl.static_range(SEGMENTS):
+                _copy(grad_ptr, dqkv_ptr, grad_at, target, inside, seg * MAIN, REST if seg else MAIN, D)
         else:
             source = grad_at
-            angles = _locate_angles(row, rows, length, heads, table_stride_l)
+            angles = _locate_angles(row, rows, length, heads, table_stride_l, TABLE_ALIGN)
             rstd = tl.zeros((BLOCK_R,), tl.float32)
             mean = tl.zeros((BLOCK_R,), tl.float32)
             if NORM:
                 source = _locate(
-                    row, rows, length, heads, qkv_stride_b, qkv_stride_l, qkv_stride_part, qkv_stride_head, part
+                    row, rows, length, heads, qkv_stride_b, qkv_stride_l, qkv_stride_part, qkv_stride_head, part, ALIGN
                 )
-                squares, products = _sums(
-                    grad_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, table_ptr, grad_at, source, angles, inside, part,
-                    table_stride_part, ROTATE, 0, MAIN, D,
-                )  # fmt: skip
-                if REST:
-                    squares_rest, products_rest = _sums(
+                squares = tl.zeros((BLOCK_R,), tl.float32)
+                for seg in tl.static_range(SEGMENTS):
+                    square, product = _sums(
                         grad_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, table_ptr, grad_at, source, angles, inside, part,
-                        table_stride_part, ROTATE, MAIN, REST, D,
+                        table_stride_part, ROTATE, seg * MAIN, REST if seg else MAIN, D,
                     )  # fmt: skip
-                    squares += squares_rest
-                    products += products_rest
+                    squares += square
+                    mean += product
                 # Rows past the end are zeros: with eps = 0 their rstd is infinite and would make NaN of the sums.
                 rstd = tl.where(inside, head_rstd(squares, D, eps), 0.0)
-                mean = products * rstd / D
+                mean = mean * rstd / D
             dw, dw_second = _backward(
                 grad_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, table_ptr, dqkv_ptr, grad_at, source, angles, target,
                 inside, part, table_stride_part, rstd, mean, dw, dw_second, NORM, ROTATE, 0, MAIN, D,
@@ -400,6 +399,11 @@ def segments(head_dim: int) -> tuple[int, int]:
     return main, triton.next_power_of_2(half - main) if half > main else 0
 
 
+def alignment(*strides: int) -> int:
+    """The largest of 16, 8, 4, 2 and 1 elements that divides all strides. Triton itself sees 16 only, and a head is often 72."""
+    return math.gcd(16, *strides)
+
+
 def qk_norm_rope_forward(
     qkv: torch.Tensor,
     q_weight: torch.Tensor | None,
@@ -431,6 +435,8 @@ def qk_norm_rope_forward(
         NORM=q_weight is not None,
         ROTATE=table is not None,
         WIDE=rows + block >= 2**31,
+        ALIGN=alignment(*qkv.stride()[:4]),
+        TABLE_ALIGN=alignment(*table.stride()[:2]) if table is not None else 1,
         MAIN=main,
         REST=rest,
         BLOCK_R=block,
@@ -479,6 +485,8 @@ def qk_norm_rope_backward(
             NORM=norm,
             ROTATE=table is not None,
             WIDE=rows + programs * block >= 2**31,
+            ALIGN=alignment(*grad.stride()[:4], *(qkv.stride()[:4] if norm else ())),
+            TABLE_ALIGN=alignment(*table.stride()[:2]) if table is not None else 1,
             MAIN=main,
             REST=rest,
             BLOCK_R=block,

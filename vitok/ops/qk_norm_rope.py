@@ -47,8 +47,8 @@ def qk_norm_rope(
             dimension is not 1. head_dim is even when there is a table.
         q_weight, k_weight: [head_dim] weights of the RMS norm of each head of q and k, floating point of one dtype, not
             necessarily that of qkv; or both None for no norm.
-        table: [2, L, head_dim / 2] float32 cosines and sines, or None for no rotation. It gets no gradient.
-            `vitok.positions.rope_table` makes it from explicit (t, y, x) coordinates.
+        table: [2, L, head_dim / 2] float32 cosines and sines, or None for no rotation; float64 is taken by the reference
+            alone. It gets no gradient. `vitok.positions.rope_table` makes it from explicit (t, y, x) coordinates.
         eps: of the norm.
         impl: "auto", "native", "triton" or "reference".
 
@@ -87,8 +87,8 @@ def qk_norm_rope(
             raise InputError(f"qkv must have an even head_dim for a rotation, got {head_dim}")
         if table.shape != (2, length, head_dim // 2):
             raise InputError(f"table must be [2, {length}, {head_dim // 2}] for this qkv, got {list(table.shape)}")
-        if table.dtype != torch.float32:
-            raise InputError(f"table must be float32, got {table.dtype}")
+        if table.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"table must be float32 or float64, got {table.dtype}")
         if table.device != qkv.device:
             raise InputError(f"table must be on the device of qkv, {qkv.device}, got {table.device}")
     return _OP(impl, qkv, q_weight, k_weight, table, float(eps))
@@ -254,13 +254,17 @@ def _run(
     return run(impl, qkv, q_weight, k_weight, table, eps)
 
 
+def _table_refused(table: Tensor | None) -> str:
+    return "" if table is None or table.dtype == torch.float32 else f"its table is float32, got {table.dtype}"
+
+
 def _native_refuses(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, table: Tensor | None, eps: float
 ) -> str:
     largest = MAX_CUDA_FLOAT64_HEAD_DIM if qkv.is_cuda and qkv.dtype == torch.float64 else MAX_NATIVE_HEAD_DIM
     if qkv.shape[4] > largest:
         return f"a head has at most {largest} channels, got {qkv.shape[4]}"
-    return _native.refuses(qkv, q_weight)
+    return _table_refused(table) or _native.refuses(qkv, q_weight)
 
 
 def _triton_refuses(
@@ -268,7 +272,7 @@ def _triton_refuses(
 ) -> str:
     if torch.float64 in (qkv.dtype, None if q_weight is None else q_weight.dtype):
         return "it computes in float32"
-    return _triton.refuses(qkv)
+    return _table_refused(table) or _triton.refuses(qkv)
 
 
 _OP = Op(
