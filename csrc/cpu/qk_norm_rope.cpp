@@ -113,6 +113,7 @@ void backward(const QkNormRopeBackward& a) {
     for (int64_t block = 0; block < a.blocks; ++block) {
         const int64_t last = (block + 1) * stretch < tokens ? (block + 1) * stretch : tokens;
         F* const dweight = NORM ? partials + block * 2 * width : nullptr;
+        F shares[NORM ? kMaxHeadDim : 1];  // of one token: sums of sums lose less than one long sum
         if (NORM)
             for (int64_t i = 0; i < 2 * width; ++i) dweight[i] = 0;
         for (int64_t token = block * stretch; token < last; ++token) {
@@ -129,9 +130,13 @@ void backward(const QkNormRopeBackward& a) {
                 const float* const sin = ROTATE ? cos + a.table_strides[0] : nullptr;
                 with_width<V>(width, [&](const auto& count) {
                     const HeadRow<F> row{count(), weights[part], cos, sin, static_cast<F>(a.eps)};
+                    if (NORM)
+                        for (int64_t i = 0; i < count(); ++i) shares[i] = 0;
                     for (int64_t h = 0; h < heads; ++h)
                         head_backward<V, NORM, ROTATE>(grad + h * grad_stride, NORM ? x + h * stride : nullptr,
-                                                       out + h * count(), NORM ? dweight + part * width : nullptr, row);
+                                                       out + h * count(), shares, row);
+                    if (NORM)
+                        for (int64_t i = 0; i < count(); ++i) dweight[part * count() + i] += shares[i];
                 });
             }
             copy_rows(gradient.at(b, l, 2), grad_stride, out, heads, width);

@@ -244,7 +244,7 @@ def test_native_norm_of_any_width(isa, dtype, judge):
         agrees(judge, "native", *random_case(dtype, 1, 3, 2, head_dim, True, False))
 
 
-# Tokens around the 16 of a work item and the 32 of a partial sum; 12 heads of 64 are enough to go parallel.
+# Tokens around the 16 of a work item and of a partial sum; 12 heads of 64 are enough to go parallel.
 @needs_native
 @pytest.mark.parametrize("tokens", [(1, 1), (1, 15), (3, 11), (2, 16), (1, 65), (5, 13)])
 def test_native_around_its_blocks(tokens, judge):
@@ -285,17 +285,16 @@ def test_triton_other_widths(head_dim, judge):
 
 @needs_triton
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU: the interpreter's bfloat16 is wrong")
-@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128])
-def test_triton_bfloat16(head_dim, judge):
-    agrees(judge, "triton", *random_case(torch.bfloat16, 2, 77, 5, head_dim, True, True, torch.float32, "cuda"))
+def test_triton_bfloat16(judge):
+    for head_dim in (64, 72, 80, 96, 128):
+        agrees(judge, "triton", *random_case(torch.bfloat16, 2, 77, 5, head_dim, True, True, torch.float32, "cuda"))
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
 @needs_native
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [1, 2, 7, 24, 50, 64, 72, 80, 96, 128, 256, 264, 1024])
-def test_native_cuda(dtype, head_dim, judge):
-    for norms, rotates in SWITCHES:
+def test_native_cuda(dtype, judge):
+    for head_dim, (norms, rotates) in itertools.product((1, 7, 24, 50, 64, 72, 80, 96, 128, 256, 264, 1024), SWITCHES):
         case = random_case(dtype, 2, 77, 5, head_dim, norms, rotates and head_dim % 2 == 0, torch.float32, "cuda")
         agrees(judge, "native", *case)
 
@@ -311,7 +310,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("impl", [pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize(
+    "impl", [pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_input_and_gradient(impl, layout, judge):
     qkv, weights, table = random_case(torch.float32, 2, 5, 3, 72, True, True)
@@ -337,7 +338,9 @@ def test_strided_weights_and_table(judge):
     agrees(judge, "native", qkv, weights, still)
 
 
-@pytest.mark.parametrize("impl", [pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize(
+    "impl", [pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)]
+)
 @pytest.mark.parametrize("shape", [(0, 4, 3, 2, 8), (2, 0, 3, 2, 8), (2, 4, 3, 0, 8)])
 def test_empty(impl, shape):
     weights = [torch.ones(8, requires_grad=True) for _ in range(2)]
@@ -466,7 +469,7 @@ def test_native_of_any_shape(batch, length, heads, head_dim, norms, seed):
 @pytest.mark.parametrize(("norms", "rotates"), SWITCHES)
 def test_opcheck(norms, rotates):
     qkv, weights, table = random_case(torch.float32, 2, 3, 2, 16, norms, rotates)
-    for layout in (lambda x: x, LAYOUTS["heads_first"], LAYOUTS["channels_apart"]):
+    for layout in [LAYOUTS["heads_first"], LAYOUTS["channels_apart"]][: 1 + (norms and rotates)]:
         forward = ("native", layout(qkv), *weights, table, 1e-6)
         torch.library.opcheck(torch.ops.vitok.qk_norm_rope_forward, forward)
         backward = ("native", layout(qkv), layout(qkv) if norms else None, *weights, table, 1e-6)
@@ -485,7 +488,7 @@ def test_compiles_whole_with_one_graph_for_many_sizes():
     compiled = torch.compile(
         lambda x, table: qk_norm_rope(x, *weights, table), fullgraph=True, backend=backend, dynamic=True
     )
-    for batch, length in [(2, 5), (3, 7), (4, 9)]:
+    for batch, length in [(4, 5), (5, 7), (7, 9)]:  # no two sizes alike, or they are taken for one
         qkv, _, table = random_case(torch.float32, batch, length, 6, 16, False, True)
         torch.testing.assert_close(compiled(qkv, table), qk_norm_rope(qkv, *weights, table))
     assert len(graphs) == 1

@@ -20,8 +20,8 @@ from vitok.ops._library import define
 from vitok.ops._registry import Implementation, Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Tokens whose share of a weight's gradient is summed in one go on the CPU: 384 rows of 12 heads, then float64.
-BLOCK_TOKENS = 32
+# Tokens whose shares of the weights' gradients become one float32 partial sum on the CPU; the partials are summed in float64.
+BLOCK_TOKENS = 16
 # Blocks that share the rows of q, as many for k and v, on CUDA: a few for each multiprocessor of any GPU.
 CUDA_BLOCKS, CUDA_BLOCK_ROWS = 1024, 64
 MAX_NATIVE_HEAD_DIM, MAX_CUDA_FLOAT64_HEAD_DIM = 1024, 256
@@ -247,9 +247,7 @@ class _QkNormRope(torch.autograd.Function):
 def _run(
     impl: str, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, table: Tensor | None, eps: float
 ) -> Tensor:
-    trains = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (qkv, q_weight, k_weight)
-    )
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (qkv, q_weight, k_weight))
     run = _QkNormRope.apply if trains else _FORWARD
     return run(impl, qkv, q_weight, k_weight, table, eps)
 
