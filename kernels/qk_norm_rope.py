@@ -3,15 +3,16 @@
     n = x / sqrt(mean(x^2) + eps) * weight
     out[i] = n[i] cos[i] - n[i + D/2] sin[i],    out[i + D/2] = n[i + D/2] cos[i] + n[i] sin[i]
 
-and v copied, in one pass. Fused: the split of the packed tensor, the norm, the casts, the rotation and the concatenation; an
-element is read once and written once (4 bytes in bf16), where the eager composition passes over q and k about ten times.
+and v copied, in one pass. Fused: the split of the packed tensor, the norm, the casts, the rotation and the
+concatenation; an element is read once and written once (4 bytes in bf16), where the eager composition passes over q and
+k about ten times.
 
 qkv, out  [B, L, 3, H, D]  float16, bfloat16 or float32; qkv by strides with neighbouring channels, out contiguous
 weights   [D]              any of these dtypes, or None: no norm
 table     [2, L, D/2]      float32 cosines and sines, or None: no rotation
 
-A half is cut into a power of two and a rest, 36 = 32 + 4, instead of padded to 64. `rotate`, `rotate_back`, `square_sum`,
-`head_rstd` and `rms_backward` are for kernels that fuse the same steps, such as attention.
+A half is cut into a power of two and a rest, 36 = 32 + 4, instead of padded to 64. `rotate`, `rotate_back`,
+`square_sum`, `head_rstd` and `rms_backward` are for kernels that fuse the same steps, such as attention.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def _load_weights(q_ptr, k_ptr, part, START: tl.constexpr, BLOCK: tl.constexpr, 
 
 @triton.jit
 def _locate(row, rows, length, heads, stride_b, stride_l, stride_part, stride_head, part, ALIGN: tl.constexpr):
-    """int64 offsets of rows (b, l, h) of a part in a packed tensor by strides, multiples of ALIGN; past the end, of row 0."""
+    """int64 offsets of rows (b, l, h) of a part by strides, all multiples of ALIGN; rows past the end are at row 0."""
     row = tl.where(row < rows, row, 0)
     token = row // heads
     b = token // length
@@ -186,7 +187,7 @@ def qk_norm_rope_forward_kernel(
 ):
     """BLOCK_R rows of one part: n = x rstd weight, its pairs turned; v is copied.
 
-    Channels are taken in two segments, MAIN and REST; the compiler merges the norm's load of a segment with the second one.
+    Channels are taken in two segments, MAIN and REST; the compiler merges the two loads of a segment.
     WIDE: row numbers need 64 bits; otherwise the divisions are of 32 bits.
     """
     SEGMENTS: tl.constexpr = 2 if REST else 1
@@ -250,7 +251,7 @@ def _backward(
     stride_part, rstd, mean, dw, dw_second,
     NORM: tl.constexpr, ROTATE: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """dx of a segment is stored; its rows' shares of the weight's gradient are added to dw [R, BLOCK] and its partner."""
+    """Store dx of a segment; add its rows' shares of the weight's gradient to dw [R, BLOCK] and its partner."""
     u, u_second = _turned_back(grad_ptr, table_ptr, grad_at, angles, inside, stride_part, ROTATE, START, BLOCK, D)
     if NORM:
         x, x_second = _load_halves(qkv_ptr, source, inside, START, BLOCK, D)
@@ -359,7 +360,7 @@ def qk_norm_rope_backward_kernel(
                     grad_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, table_ptr, dqkv_ptr, grad_at, source, angles, target,
                     inside, part, table_stride_part, rstd, mean, dw_rest, dw_second_rest, NORM, ROTATE, MAIN, REST, D,
                 )  # fmt: skip
-    if NORM:
+    if NORM:  # noqa: SIM102  (a constant: without it nothing behind is compiled)
         if part < 2:
             partial_ptr = partials_ptr + (program.to(tl.int64) * 2 + part) * D
             _store_partials(partial_ptr, dw, dw_second, 0, MAIN, D)
@@ -400,7 +401,7 @@ def segments(head_dim: int) -> tuple[int, int]:
 
 
 def alignment(*strides: int) -> int:
-    """The largest of 16, 8, 4, 2 and 1 elements that divides all strides. Triton itself sees 16 only, and a head is often 72."""
+    """The largest of 16, 8, 4, 2 and 1 that divides all strides. Triton itself sees 16 only, and a head may be 72."""
     return math.gcd(16, *strides)
 
 
@@ -411,7 +412,7 @@ def qk_norm_rope_forward(
     table: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    """Launch the forward kernel on qkv [B, L, 3, H, D] of any strides but the last, which is 1; returns a contiguous tensor."""
+    """Launch the forward kernel on qkv [B, L, 3, H, D], by strides of which the last is 1; the result is contiguous."""
     batch, length, _, heads, head_dim = qkv.shape
     out = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     rows = batch * length * heads
