@@ -20,7 +20,7 @@ from vitok.ops._library import define
 from vitok.ops._registry import Implementation, Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Tokens whose shares of the weights' gradients become one float32 partial sum on the CPU; the partials are summed in float64.
+# Tokens whose shares of the weights' gradients become one float32 partial sum on the CPU; those are summed in float64.
 BLOCK_TOKENS = 16
 # Blocks that share the rows of q, as many for k and v, on CUDA: a few for each multiprocessor of any GPU.
 CUDA_BLOCKS, CUDA_BLOCK_ROWS = 1024, 64
@@ -47,14 +47,14 @@ def qk_norm_rope(
             dimension is not 1. head_dim is even when there is a table.
         q_weight, k_weight: [head_dim] weights of the RMS norm of each head of q and k, floating point of one dtype, not
             necessarily that of qkv; or both None for no norm.
-        table: [2, L, head_dim / 2] float32 cosines and sines, or None for no rotation; float64 is taken by the reference
-            alone. It gets no gradient. `vitok.positions.rope_table` makes it from explicit (t, y, x) coordinates.
+        table: [2, L, head_dim / 2] float32 cosines and sines, or None for no rotation; only the reference takes float64.
+            It gets no gradient. `vitok.positions.rope_table` makes it from explicit (t, y, x) coordinates.
         eps: of the norm.
         impl: "auto", "native", "triton" or "reference".
 
     Returns: contiguous [B, L, 3, heads, head_dim] in the dtype of qkv; arithmetic in float32 (float64 for float64).
-    Differentiable in qkv and the weights; the backward pass keeps qkv and recomputes the rest, and without weights it keeps
-    the table alone. Raises InputError for wrong shapes, dtypes and devices.
+    Differentiable in qkv and the weights; the backward pass keeps qkv and recomputes the rest, and without weights it
+    keeps the table alone. Raises InputError for wrong shapes, dtypes and devices.
 
     Sources: RoFormer (Su et al., arXiv:2104.09864), RMSNorm (Zhang and Sennrich, arXiv:1910.07467), query-key
     normalisation (Henry et al., arXiv:2010.04245).
@@ -209,7 +209,8 @@ def _backward(
 
 
 _FORWARD = define(
-    "qk_norm_rope_forward(str impl, Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? table, float eps) -> Tensor",
+    "qk_norm_rope_forward(str impl, Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? table, float eps) "
+    "-> Tensor",
     _forward,
     _empty,
 )
