@@ -47,7 +47,7 @@ def qk_norm_rope(
             dimension is not 1. head_dim is even when there is a table.
         q_weight, k_weight: [head_dim] weights of the RMS norm of each head of q and k, floating point of one dtype, not
             necessarily that of qkv; or both None for no norm.
-        table: [2, L, head_dim / 2] float32 cosines and sines, or None for no rotation; only the reference takes float64.
+        table: [2, L, head_dim / 2] float32 cosines and sines, or None for no rotation; the reference takes float64.
             It gets no gradient. `vitok.positions.rope_table` makes it from explicit (t, y, x) coordinates.
         eps: of the norm.
         impl: "auto", "native", "triton" or "reference".
