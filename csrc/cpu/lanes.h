@@ -145,21 +145,34 @@ VITOK_INLINE void lanes_store_first(T* to, Lanes x, int64_t n) {
     memcpy(to, buffer, static_cast<size_t>(n) * sizeof(T));
 }
 
-// Over all lanes, always in the same order: halves are added until one lane is left.
-VITOK_INLINE float lanes_sum(Lanes x) {
-    float lane[kLanes];
-    lanes_store(lane, x);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-    return lane[0];
+// Over all lanes, always in the same order: halves are added until one lane is left. In registers, because the compiler
+// makes a chain of stores and loads of the plain loop.
+#if defined(__AVX2__)
+VITOK_INLINE float lanes_sum(__m256 x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
+VITOK_INLINE float lanes_largest(__m256 x) {
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+#if defined(__AVX512F__)
+VITOK_INLINE float lanes_sum(__m512 x) {
+    return lanes_sum(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
+}
+VITOK_INLINE float lanes_largest(__m512 x) {
+    return lanes_largest(_mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
+}
+#endif
+#else
+VITOK_INLINE float lanes_sum(Lanes x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 VITOK_INLINE float lanes_largest(Lanes x) {
-    float lane[kLanes];
-    lanes_store(lane, x);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-    return lane[0];
+    const float even = x[0] > x[2] ? x[0] : x[2], odd = x[1] > x[3] ? x[1] : x[3];
+    return even > odd ? even : odd;
 }
+#endif
 
 // 2^(n + f) for an integer -127 <= n <= 128 and |f| <= 1/2: n are the low bits of `shifted`, which is n + 1.5 * 2^23.
 VITOK_INLINE Lanes lanes_exp2_parts(Lanes shifted, Lanes f) {
