@@ -2,7 +2,10 @@
 // struct, and a function of this name in cpu/ and, with _cuda behind it, in cuda/; the rest follows from the list.
 #pragma once
 
+#include "gated_mlp_act.h"
 #include "tubelet_gather.h"
 
-#define VITOK_OPS(op) \
+#define VITOK_OPS(op)                                \
+    op(gated_mlp_act_forward, GatedMlpActForward)    \
+    op(gated_mlp_act_backward, GatedMlpActBackward)  \
     op(tubelet_gather, TubeletGather)
