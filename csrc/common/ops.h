@@ -3,9 +3,12 @@
 #pragma once
 
 #include "gated_mlp_act.h"
+#include "pixel_loss.h"
 #include "tubelet_gather.h"
 
 #define VITOK_OPS(op)                                \
     op(gated_mlp_act_forward, GatedMlpActForward)    \
     op(gated_mlp_act_backward, GatedMlpActBackward)  \
+    op(pixel_loss_forward, PixelLossForward)         \
+    op(pixel_loss_backward, PixelLossBackward)       \
     op(tubelet_gather, TubeletGather)
