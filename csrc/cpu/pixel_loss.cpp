@@ -11,8 +11,8 @@ namespace {
 // Below this many elements the fork costs more than the threads save.
 constexpr int64_t kParallelElements = 1 << 15;
 
-// Pixels whose colours do not neighbour are brought together here first, a line of several tokens at once, which is
-// vectorised; in fp32 this is a first-level cache.
+// Pixels whose colours do not neighbour are brought together first, a line of several tokens at once, which is vectorised; the
+// 16-bit floats become fp32 on the way, so that few pairs of types have kernels. In fp32 this is a first-level cache.
 constexpr int64_t kStage = 12288;
 
 // One frame of one token: `lines` real lines of `n` real elements each, in both pictures.
@@ -58,7 +58,7 @@ VITOK_INLINE Lanes last_lanes(Lanes x, int64_t n) {
 
 // The sum of f over a patch.
 template <class P, class S, class Formula>
-VITOK_INLINE float sum_patch(const Patch<P, S>& a, const Formula& f) {
+__attribute__((noinline)) float sum_patch(const Patch<P, S>& a, const Formula& f) {
     Lanes sum = lanes_set(0.0f);
     const P* prediction = a.prediction;
     const S* target = a.target;
@@ -92,7 +92,7 @@ double sum_patch(const Patch<double, S>& a, const Formula& f) {
 
 // The gradient of a patch of p lines of `run` elements, 0 beyond the real ones.
 template <class P, class S, class Formula>
-VITOK_INLINE void gradient_patch(const Patch<P, S>& a, const Formula& f, P* to, int64_t p) {
+__attribute__((noinline)) void gradient_patch(const Patch<P, S>& a, const Formula& f, P* to, int64_t p) {
     const P* prediction = a.prediction;
     const S* target = a.target;
     for (int64_t line = 0; line < a.lines; ++line, prediction += a.run, target += a.pitch, to += a.run) {
@@ -120,18 +120,39 @@ void gradient_patch(const Patch<double, S>& a, const Formula& f, double* to, int
         }
 }
 
+template <class S, class T>
+VITOK_INLINE S widen_as(T value) {
+    return static_cast<S>(widen(value));
+}
+
 // count pixels of one line, interleaved as r g b r g b ...
-template <class S>
-VITOK_INLINE void bring_together(const S* from, int64_t stride_x, int64_t stride_c, S* __restrict to, int64_t count) {
+template <class T, class S>
+void bring_together(const T* from, int64_t stride_x, int64_t stride_c, S* __restrict to, int64_t count) {
     if (stride_x == 1) {  // three planes: this form is vectorised
-        const S* __restrict red = from;
-        const S* __restrict green = from + stride_c;
-        const S* __restrict blue = from + 2 * stride_c;
-        for (int64_t x = 0; x < count; ++x) to[3 * x] = red[x], to[3 * x + 1] = green[x], to[3 * x + 2] = blue[x];
+        const T* __restrict red = from;
+        const T* __restrict green = from + stride_c;
+        const T* __restrict blue = from + 2 * stride_c;
+        for (int64_t x = 0; x < count; ++x) {
+            to[3 * x] = widen_as<S>(red[x]);
+            to[3 * x + 1] = widen_as<S>(green[x]);
+            to[3 * x + 2] = widen_as<S>(blue[x]);
+        }
     } else {
         for (int64_t x = 0; x < count; ++x)
-            for (int64_t ch = 0; ch < 3; ++ch) to[3 * x + ch] = from[x * stride_x + ch * stride_c];
+            for (int64_t ch = 0; ch < 3; ++ch) to[3 * x + ch] = widen_as<S>(from[x * stride_x + ch * stride_c]);
     }
+}
+
+// The same from the element at `offset` of a target of any dtype that is compared as S.
+template <class S>
+__attribute__((noinline)) void stage_line(const PixelPair& a, int64_t offset, S* to, int64_t count) {
+    const auto from = [&](auto element) { return static_cast<const decltype(element)*>(a.target) + offset; };
+    if (sizeof(S) == 4 && a.target_dtype == DType::float16)
+        bring_together(from(f16{}), a.strides[3], a.strides[4], to, count);
+    else if (sizeof(S) == 4 && a.target_dtype == DType::bfloat16)
+        bring_together(from(bf16{}), a.strides[3], a.strides[4], to, count);
+    else
+        bring_together(from(S{}), a.strides[3], a.strides[4], to, count);
 }
 
 VITOK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -143,37 +164,38 @@ VITOK_INLINE void each_patch(const PixelPair& a, int64_t row, Visit&& visit) {
     const int64_t q = a.q, p = a.p, run = 3 * p, columns = a.columns();
     const int64_t ly = row % a.rows_y(), lt = row / a.rows_y() % a.rows_t(), b = row / a.rows_y() / a.rows_t();
     const int64_t within = row % (a.rows_y() * a.rows_t());  // the row among those of its sample
-    const bool interleaved = a.strides[4] == 1 && (a.strides[3] == 3 || a.sizes[3] == 1);
-    const int64_t stretch = interleaved ? columns : run * p <= kStage ? kStage / (run * p) : 1;  // tokens
+    const bool as_it_is = a.target_dtype != DType::float16 && a.target_dtype != DType::bfloat16;
+    const bool direct = as_it_is && a.strides[4] == 1 && (a.strides[3] == 3 || a.sizes[3] == 1);
+    const int64_t stretch = direct ? columns : run * p <= kStage ? kStage / (run * p) : 1;  // tokens
     const int64_t lines = smaller(p, a.sizes[2] - ly * p);
     const P* const prediction =
         static_cast<const P*>(a.prediction) + b * a.prediction_strides[0] + within * columns * a.prediction_strides[1];
-    const S* const target = static_cast<const S*>(a.target) + b * a.strides[0] + ly * p * a.strides[2];
+    const int64_t origin = b * a.strides[0] + ly * p * a.strides[2];
     S stage[kStage];
 
     for (int64_t first = 0; first < columns; first += stretch) {
         const int64_t last = smaller(first + stretch, columns), x0 = first * p;
         for (int64_t i = 0; i < q; ++i) {
             const int64_t t = lt * q + i;
-            const S* from = target + t * a.strides[1] + x0 * a.strides[3];
-            int64_t pitch = a.strides[2], staged = lines;
+            const int64_t offset = origin + t * a.strides[1] + x0 * a.strides[3];
+            const S* from = stage;
+            int64_t pitch = (last - first) * run, staged = lines;
             if (t >= a.sizes[1]) {
-                from = stage, staged = 0;
-            } else if (!interleaved && run * p <= kStage) {
-                pitch = (last - first) * run;
+                staged = 0;
+            } else if (direct) {
+                from = static_cast<const S*>(a.target) + offset, pitch = a.strides[2];
+            } else if (run * p <= kStage) {
                 for (int64_t line = 0; line < lines; ++line)
-                    bring_together(from + line * a.strides[2], a.strides[3], a.strides[4], stage + line * pitch,
-                                   smaller(last * p, a.sizes[3]) - x0);
-                from = stage;
+                    stage_line(a, offset + line * a.strides[2], stage + line * pitch, smaller(last * p, a.sizes[3]) - x0);
             }
             for (int64_t lx = first; lx < last; ++lx) {
                 const int64_t n = 3 * smaller(p, a.sizes[3] - lx * p);
                 const P* const of = prediction + lx * a.prediction_strides[1] + i * p * run;
-                if (interleaved || staged == 0 || run * p <= kStage) {
+                if (direct || staged == 0 || run * p <= kStage) {
                     visit(lx, i, Patch<P, S>{of, staged ? from + (lx - first) * run : from, run, pitch, staged, n}, p);
                 } else {  // a patch too large for the stage: line by line
                     for (int64_t line = 0; line < lines; ++line) {
-                        bring_together(from + line * a.strides[2], a.strides[3], a.strides[4], stage, n / 3);
+                        stage_line(a, offset + line * a.strides[2], stage, n / 3);
                         const int64_t most = line + 1 < lines ? 1 : p - line;  // the last one stands for those beyond the clip
                         visit(lx, i * p + line, Patch<P, S>{of + line * run, stage, run, run, 1, n}, most);
                     }
@@ -234,21 +256,28 @@ void backward(const PixelLossBackward& a) {
     }
 }
 
-}  // namespace
-
-void pixel_loss_forward(const PixelLossForward& a) {
-    with_pair(a.dtype, a.target_dtype, [&](auto prediction, auto target) {
+// Calls fn(prediction element, element that the target is compared as, distance).
+template <class Fn>
+void with_compared(const PixelPair& a, Fn&& fn) {
+    with_float(a.dtype, [&](auto prediction) {
         with_distance(a.distance(), [&](auto distance) {
-            forward<decltype(prediction), decltype(target), decltype(distance)::value>(a);
+            if (a.target_dtype == DType::uint8) fn(prediction, uint8_t{}, distance);
+            else fn(prediction, compute_t<decltype(prediction)>{}, distance);
         });
     });
 }
 
+}  // namespace
+
+void pixel_loss_forward(const PixelLossForward& a) {
+    with_compared(a, [&](auto prediction, auto target, auto distance) {
+        forward<decltype(prediction), decltype(target), decltype(distance)::value>(a);
+    });
+}
+
 void pixel_loss_backward(const PixelLossBackward& a) {
-    with_pair(a.dtype, a.target_dtype, [&](auto prediction, auto target) {
-        with_distance(a.distance(), [&](auto distance) {
-            backward<decltype(prediction), decltype(target), decltype(distance)::value>(a);
-        });
+    with_compared(a, [&](auto prediction, auto target, auto distance) {
+        backward<decltype(prediction), decltype(target), decltype(distance)::value>(a);
     });
 }
 

@@ -1,7 +1,7 @@
 """pixel_loss: how far a prediction still in patch layout is from its clip, sample by sample.
 
-The prediction is compared where it lies, so the predicted clip and its permutation never exist, nor does a float copy of
-a uint8 target. Both are read once forward and once backward.
+The prediction is compared where it lies, so the predicted clip and its permutation never exist, nor does a float copy
+of a uint8 target. Both are read once forward and once backward.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _loss_dtype(prediction: Tensor) -> torch.dtype:
 
 
 def _neighbouring(prediction: Tensor) -> Tensor:
-    return prediction if prediction.stride(2) == 1 or prediction.shape[2] == 1 else prediction.contiguous()
+    return prediction if prediction.stride(2) == 1 else prediction.contiguous()
 
 
 def _empty_forward(impl: str, prediction: Tensor, target: Tensor, q: int, p: int, kind: str, eps: float) -> Tensor:
