@@ -10,6 +10,7 @@ namespace vitok {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 4;  // a multiprocessor: 64 registers a thread, without which ptxas spills a few to fit more blocks
 constexpr int kWarp = 32;
 
 // Elements of one thread's vector where patch rows of 3p elements divide into such.
@@ -109,7 +110,7 @@ __device__ __forceinline__ F warp_sum(F x) {
 
 // partial[token] = sum of f(d) over the token, by one warp.
 template <class P, class S, class F, int V>
-__global__ void __launch_bounds__(kThreads) pixel_loss_forward_kernel(const Args<P, S, F> a, F* __restrict__ partial) {
+__global__ void __launch_bounds__(kThreads, kBlocks) pixel_loss_forward_kernel(const Args<P, S, F> a, F* __restrict__ partial) {
     const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
     if (index >= a.tokens) return;
     const Token<P, S, F> token(a, index);
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // grad_prediction = grad[b] * weight * f'(d), 0 beyond the clip; a warp a token.
 template <class P, class S, class F, int V>
-__global__ void __launch_bounds__(kThreads) pixel_loss_backward_kernel(const Args<P, S, F> a, const F* __restrict__ grad,
+__global__ void __launch_bounds__(kThreads, kBlocks) pixel_loss_backward_kernel(const Args<P, S, F> a, const F* __restrict__ grad,
                                                                        int64_t grad_stride, F weight, P* __restrict__ out) {
     const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
     if (index >= a.tokens) return;
