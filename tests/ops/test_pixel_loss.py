@@ -73,7 +73,10 @@ def check(judge, impl, tubelet, kind, prediction, target):
     ours, eager = run(impl), run("reference")
     exact = with_gradient(lambda x: formula(x, target, tubelet, kind), prediction.double(), seed)
     for actual, baseline, oracle in zip(ours, eager, exact, strict=True):
-        judge(actual, baseline, oracle)
+        if actual.dtype == torch.float64:  # the oracle is no more exact than that
+            torch.testing.assert_close(actual, oracle, rtol=1e-13, atol=0)
+        else:
+            judge(actual, baseline, oracle)
 
 
 def usable_levels():
@@ -155,12 +158,18 @@ LAYOUTS = {
 }
 
 
-@fast_impls
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("target_dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("device", DEVICES)
-def test_layouts_of_the_target(impl, layout, target_dtype, device):
-    for tubelet, size in [((2, 8), (3, 17, 21)), ((1, 16), (2, 32, 48))]:
+@pytest.mark.parametrize(
+    ("impl", "target_dtype", "cases"),
+    [
+        pytest.param("native", torch.uint8, [((2, 8), (3, 17, 21)), ((1, 16), (2, 32, 48))], marks=needs_native),
+        pytest.param("native", torch.float32, [((2, 8), (3, 17, 21)), ((1, 16), (2, 32, 48))], marks=needs_native),
+        pytest.param("triton", torch.uint8, [((2, 8), (3, 9, 13))], marks=needs_triton),
+    ],
+)
+def test_layouts_of_the_target(impl, target_dtype, cases, layout, device):
+    for tubelet, size in cases:
         prediction, target = make(tubelet, size, torch.float32, target_dtype, device=device)
         target = LAYOUTS[layout](target)
         seed = torch.ones(2, device=device)
@@ -281,20 +290,20 @@ def test_same_bits_from_run_to_run_and_for_any_number_of_threads(kind):
         assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
-@fast_impls
-@settings(max_examples=15, deadline=None)
+@needs_native
+@settings(max_examples=25, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 4), st.integers(1, 20), st.integers(1, 20)),
     q=st.integers(1, 3),
     p=st.integers(1, 9),
     kind=st.sampled_from(["l1", "l2"]),
 )
-def test_a_clip_is_at_no_distance_from_its_own_tubelets_and_a_sample_stands_for_itself(impl, size, q, p, kind):
+def test_a_clip_is_at_no_distance_from_its_own_tubelets_and_a_sample_stands_for_itself(size, q, p, kind):
     prediction, target = make((q, p), size, torch.float32, torch.float32, batch=3)
     own = tubelet_gather(target, tubelet=(q, p), pad="edge", impl="reference")
-    assert not pixel_loss(own, target, tubelet=(q, p), kind=kind, impl=impl).any()
-    together = pixel_loss(prediction, target, tubelet=(q, p), kind=kind, impl=impl)
-    alone = pixel_loss(prediction[1:2], target[1:2], tubelet=(q, p), kind=kind, impl=impl)
+    assert not pixel_loss(own, target, tubelet=(q, p), kind=kind, impl="native").any()
+    together = pixel_loss(prediction, target, tubelet=(q, p), kind=kind, impl="native")
+    alone = pixel_loss(prediction[1:2], target[1:2], tubelet=(q, p), kind=kind, impl="native")
     assert torch.equal(together[1:2], alone)
 
 
