@@ -5,6 +5,8 @@ from vitok.ops.attention import attention
 from vitok.ops.gated_mlp_act import gated_mlp_act
 from vitok.ops.noise import normal_noise
 from vitok.ops.norm import add_norm, norm
+from vitok.ops.norm import norm
+from vitok.ops.pixel_loss import pixel_loss
 from vitok.ops.qk_norm_rope import qk_norm_rope
 from vitok.ops.tubelet_embed import tubelet_embed, tubelet_gather
 from vitok.ops.tubelet_unembed import tubelet_unembed
@@ -20,6 +22,7 @@ __all__ = [
     "norm",
     "normal_noise",
     "preferences",
+    "pixel_loss",
     "qk_norm_rope",
     "tubelet_embed",
     "tubelet_gather",
