@@ -2,7 +2,12 @@
 // struct, and a function of this name in cpu/ and, with _cuda behind it, in cuda/; the rest follows from the list.
 #pragma once
 
+#include "gaussian_sample.h"
+#include "noise.h"
 #include "tubelet_gather.h"
 
 #define VITOK_OPS(op) \
+    op(gaussian_sample_forward, GaussianSampleForward) \
+    op(gaussian_sample_backward, GaussianSampleBackward) \
+    op(normal_noise, NormalNoise) \
     op(tubelet_gather, TubeletGather)

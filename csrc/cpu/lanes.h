@@ -196,6 +196,49 @@ VITOK_INLINE Lanes lanes_exp(Lanes x) {
     return lanes_where_less(x, lanes_set(-87.3f), lanes_set(0.0f), lanes_exp2_parts(shifted, rest * log2e));
 }
 
+typedef uint32_t WordLanes __attribute__((vector_size(4 * kLanes)));
+
+// The 64 bits of a * b in every lane.
+VITOK_INLINE void lanes_multiply_wide(WordLanes a, uint32_t b, WordLanes& high, WordLanes& low) {
+#if defined(__AVX512F__)
+    const __m512i factor = _mm512_set1_epi32(static_cast<int>(b)), x = reinterpret_cast<__m512i>(a);
+    const __m512i even = _mm512_mul_epu32(x, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), factor);
+    high = reinterpret_cast<WordLanes>(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd));
+    low = reinterpret_cast<WordLanes>(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
+#elif defined(__AVX2__)
+    const __m256i factor = _mm256_set1_epi32(static_cast<int>(b)), x = reinterpret_cast<__m256i>(a);
+    const __m256i even = _mm256_mul_epu32(x, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
+    high = reinterpret_cast<WordLanes>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+    low = reinterpret_cast<WordLanes>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
+#else
+    for (int i = 0; i < kLanes; ++i) {
+        const uint64_t product = static_cast<uint64_t>(a[i]) * b;
+        high[i] = static_cast<uint32_t>(product >> 32), low[i] = static_cast<uint32_t>(product);
+    }
+#endif
+}
+
+// The 4 x 4 matrices that the four vectors hold in each 128 bits, transposed.
+VITOK_INLINE void lanes_transpose4(Lanes (&x)[4]) {
+#if defined(__AVX512F__)
+    const Lanes a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpackhi_ps(x[0], x[1]);
+    const Lanes c = _mm512_unpacklo_ps(x[2], x[3]), d = _mm512_unpackhi_ps(x[2], x[3]);
+    x[0] = _mm512_shuffle_ps(a, c, 0x44), x[1] = _mm512_shuffle_ps(a, c, 0xee);
+    x[2] = _mm512_shuffle_ps(b, d, 0x44), x[3] = _mm512_shuffle_ps(b, d, 0xee);
+#elif defined(__AVX2__)
+    const Lanes a = _mm256_unpacklo_ps(x[0], x[1]), b = _mm256_unpackhi_ps(x[0], x[1]);
+    const Lanes c = _mm256_unpacklo_ps(x[2], x[3]), d = _mm256_unpackhi_ps(x[2], x[3]);
+    x[0] = _mm256_shuffle_ps(a, c, 0x44), x[1] = _mm256_shuffle_ps(a, c, 0xee);
+    x[2] = _mm256_shuffle_ps(b, d, 0x44), x[3] = _mm256_shuffle_ps(b, d, 0xee);
+#else
+    for (int i = 0; i < kLanes; ++i)
+        for (int j = i + 1; j < kLanes; ++j) {
+            const float swap = x[i][j];
+            x[i][j] = x[j][i], x[j][i] = swap;
+        }
+#endif
+}
+
 }  // namespace
 }  // namespace VITOK_ISA
 }  // namespace vitok
