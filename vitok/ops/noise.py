@@ -125,7 +125,8 @@ def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]
     mantissa = ((bits & 0x7FFFFF) | 0x3F000000).view(torch.float32)
     d = torch.where(upper, f * 2.0**-32, 1.0 - mantissa)
     k = torch.where(upper, 0, 158 - (bits >> 23)).float()
-    radius = torch.sqrt(k * _TWO_LN_2 + d * _horner(_LOG, d))
+    # By way of float64, which makes it correctly rounded; torch's float32 square root on the CPU is not always.
+    radius = (k * _TWO_LN_2 + d * _horner(_LOG, d)).double().sqrt().float()
     # The angle to the nearest quarter turn, in integers.
     shifted = (angle_word + 2**29) & _MASK
     quarter = shifted >> 30
