@@ -7,6 +7,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace vitok {
@@ -202,14 +204,20 @@ typedef uint32_t WordLanes __attribute__((vector_size(4 * kLanes)));
 VITOK_INLINE void lanes_multiply_wide(WordLanes a, uint32_t b, WordLanes& high, WordLanes& low) {
 #if defined(__AVX512F__)
     const __m512i factor = _mm512_set1_epi32(static_cast<int>(b)), x = reinterpret_cast<__m512i>(a);
-    const __m512i even = _mm512_mul_epu32(x, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), factor);
-    high = reinterpret_cast<WordLanes>(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd));
-    low = reinterpret_cast<WordLanes>(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
+    const __m512i even = _mm512_mul_epu32(x, factor), odd = _mm512_mul_epu32(_mm512_shuffle_epi32(x, _MM_PERM_DDBB), factor);
+    high = reinterpret_cast<WordLanes>(_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB));
+    low = reinterpret_cast<WordLanes>(_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA));
 #elif defined(__AVX2__)
     const __m256i factor = _mm256_set1_epi32(static_cast<int>(b)), x = reinterpret_cast<__m256i>(a);
     const __m256i even = _mm256_mul_epu32(x, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
     high = reinterpret_cast<WordLanes>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
     low = reinterpret_cast<WordLanes>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
+#elif defined(__SSE2__)
+    const __m128i factor = _mm_set1_epi32(static_cast<int>(b)), x = reinterpret_cast<__m128i>(a);
+    const __m128i even = _mm_mul_epu32(x, factor), odd = _mm_mul_epu32(_mm_srli_epi64(x, 32), factor);
+    const __m128i lower = _mm_set1_epi64x(0xffffffff);
+    high = reinterpret_cast<WordLanes>(_mm_or_si128(_mm_srli_epi64(even, 32), _mm_andnot_si128(lower, odd)));
+    low = reinterpret_cast<WordLanes>(_mm_or_si128(_mm_and_si128(lower, even), _mm_slli_epi64(odd, 32)));
 #else
     for (int i = 0; i < kLanes; ++i) {
         const uint64_t product = static_cast<uint64_t>(a[i]) * b;
