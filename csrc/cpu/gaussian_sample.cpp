@@ -17,35 +17,58 @@ static_assert(kSampleChunk % kNoiseGroup == 0, "chunks begin where the noise can
 // Below this many elements, some 30 us of work, the fork costs more than the threads save.
 constexpr int64_t kParallelElements = 1 << 13;
 
+// Calls move(address in a row, index in the chunk, run) for stretches of rows of `channels` elements that make up the elements
+// first .. first + n - 1.
+template <class T, class Move>
+VITOK_INLINE void walk(T* rows, int64_t channels, int64_t row_stride, int64_t stride, int64_t first, int64_t n, Move&& move) {
+    if (stride == 1 && row_stride == channels) channels = first + n;  // the rows are one
+    T* row = rows + first / channels * row_stride;
+    int64_t begin = first % channels;
+    for (int64_t e = 0; e < n; row += row_stride, begin = 0) {
+        const int64_t run = channels - begin < n - e ? channels - begin : n - e;
+        move(row + begin * stride, e, run);
+        e += run;
+    }
+}
+
+// A vector at a time where the vectors of a chunk never cross the end of a row: chunks begin at multiples of kLanes.
+template <class T, class Move>
+VITOK_INLINE void walk_vectors(T* rows, int64_t channels, int64_t row_stride, int64_t first, int64_t n, Move&& move) {
+    T* row = rows + first / channels * row_stride;
+    int64_t at = first % channels;
+    for (int64_t e = 0; e < n; e += kLanes) {
+        move(row + at, e);
+        at += kLanes;
+        if (at == channels) at = 0, row += row_stride;
+    }
+}
+
 // Elements first .. first + n - 1 of rows of `channels` elements, widened.
 template <class T, class F>
 VITOK_INLINE void gather(const T* rows, int64_t channels, int64_t row_stride, int64_t stride, int64_t first, int64_t n, F* to) {
-    if (stride == 1 && row_stride == channels) channels = first + n;  // the rows are one
-    for (int64_t row = first / channels, begin = first % channels; n > 0; ++row, begin = 0) {
-        const int64_t run = channels - begin < n ? channels - begin : n;
-        const T* const from = rows + row * row_stride + begin * stride;
-        int64_t i = 0;
-        if constexpr (sizeof(F) == sizeof(float))
-            if (stride == 1)
-                for (; i + kLanes <= run; i += kLanes) lanes_store(to + i, lanes_load(from + i));
-        for (; i < run; ++i) to[i] = widen(from[i * stride]);
-        to += run, n -= run;
+    if constexpr (sizeof(F) == sizeof(float)) {
+        if (stride == 1 && channels % kLanes == 0) {
+            walk_vectors(rows, channels, row_stride, first, n, [&](const T* from, int64_t e) { lanes_store(to + e, lanes_load(from)); });
+            return;
+        }
     }
+    walk(rows, channels, row_stride, stride, first, n, [&](const T* from, int64_t e, int64_t run) {
+        for (int64_t i = 0; i < run; ++i) to[e + i] = widen(from[i * stride]);
+    });
 }
 
 // The reverse, to rows of unit stride.
 template <class T, class F>
 VITOK_INLINE void scatter(T* rows, int64_t channels, int64_t row_stride, int64_t first, int64_t n, const F* from) {
-    if (row_stride == channels) channels = first + n;
-    for (int64_t row = first / channels, begin = first % channels; n > 0; ++row, begin = 0) {
-        const int64_t run = channels - begin < n ? channels - begin : n;
-        T* const to = rows + row * row_stride + begin;
-        int64_t i = 0;
-        if constexpr (sizeof(F) == sizeof(float))
-            for (; i + kLanes <= run; i += kLanes) lanes_store(to + i, lanes_load(from + i));
-        for (; i < run; ++i) narrow(from[i], to[i]);
-        from += run, n -= run;
+    if constexpr (sizeof(F) == sizeof(float)) {
+        if (channels % kLanes == 0) {
+            walk_vectors(rows, channels, row_stride, first, n, [&](T* to, int64_t e) { lanes_store(to, lanes_load(from + e)); });
+            return;
+        }
     }
+    walk(rows, channels, row_stride, 1, first, n, [&](T* to, int64_t e, int64_t run) {
+        for (int64_t i = 0; i < run; ++i) narrow(from[e + i], to[i]);
+    });
 }
 
 VITOK_INLINE Lanes excess_lanes(Lanes v, Lanes variance) {
@@ -119,8 +142,9 @@ VITOK_INLINE void gradient_chunk(double* mean, double* logvar, const double* dz,
 template <class T, class F>
 struct Chunk {
     int64_t b, first, n;
-    F mean[kSampleChunk], logvar[kSampleChunk];
-    float noise[kSampleChunk];
+    alignas(64) F mean[kSampleChunk];
+    alignas(64) F logvar[kSampleChunk];
+    alignas(64) float noise[kSampleChunk];
 
     VITOK_INLINE void load(Chunk& chunk, const GaussianMoments& m, int64_t item, uint64_t seed, bool noisy) {
         const int64_t elements = m.elements(), chunks = m.chunks();
@@ -172,7 +196,7 @@ void backward(const GaussianSampleBackward& g) {
 #endif
     for (int64_t item = 0; item < items; ++item) {
         Chunk<T, F> chunk;
-        F dz[kSampleChunk];
+        alignas(64) F dz[kSampleChunk];
         Chunk<T, F>::load(chunk, m, item, seed, g.dz != nullptr);
         const int64_t b = chunk.b, first = chunk.first, n = chunk.n;
         if (g.dz) {
