@@ -11,9 +11,9 @@ constexpr int kThreads = 256;
 
 template <bool Vector>
 __global__ void __launch_bounds__(kThreads) normal_noise_kernel(const NoiseKeys keys, int64_t elements, int64_t blocks,
-                                                                int64_t groups, float* __restrict__ out) {
+                                                                uint32_t groups, float* __restrict__ out) {
     const int64_t b = blockIdx.x / groups;
-    const int64_t block = blockIdx.x % groups * kThreads + threadIdx.x;
+    const int64_t block = static_cast<int64_t>(blockIdx.x % groups) * kThreads + threadIdx.x;
     if (block >= blocks) return;
     const uint64_t sample = NoiseKeys::sample(keys, b);
     uint32_t c[4] = {static_cast<uint32_t>(block), static_cast<uint32_t>(static_cast<uint64_t>(block) >> 32),
@@ -40,9 +40,9 @@ void normal_noise_cuda(const NormalNoise& args, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);
     float* const out = static_cast<float*>(args.out);
     if (args.elements % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0)
-        normal_noise_kernel<true><<<grid, kThreads, 0, on>>>(args.keys, args.elements, blocks, groups, out);
+        normal_noise_kernel<true><<<grid, kThreads, 0, on>>>(args.keys, args.elements, blocks, static_cast<uint32_t>(groups), out);
     else
-        normal_noise_kernel<false><<<grid, kThreads, 0, on>>>(args.keys, args.elements, blocks, groups, out);
+        normal_noise_kernel<false><<<grid, kThreads, 0, on>>>(args.keys, args.elements, blocks, static_cast<uint32_t>(groups), out);
     check_launch("normal_noise");
 }
 
