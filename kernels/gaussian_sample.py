@@ -24,8 +24,8 @@ import triton.language as tl
 
 from .noise import noise_block, noise_keys, signed_words
 
-# Elements of a program, fixed by the scratch tensor that callers bring (CHUNK of vitok.ops.gaussian_bottleneck): 8 a thread
-# over 4 warps, two Philox blocks. Not measured yet.
+# Elements of a program, fixed by the scratch tensor that callers bring (CHUNK of vitok.ops.gaussian_bottleneck): over 4
+# warps 8 a thread, which is two Philox blocks. Not measured yet.
 CHUNK = 1024
 NUM_WARPS = 4
 
@@ -35,7 +35,7 @@ PARTIALS = 256
 
 @triton.jit
 def exponential(x):
-    """e^x to about 2 units in the last place, for |x| <= 20: the hardware's exp2 of x * log2(e) loses digits as x grows."""
+    """e^x to about 2 units in the last place for |x| <= 20; the hardware's exp2(x log2 e) loses digits as x grows."""
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     rest = x - n * 0.693145751953125  # Cody and Waite: this product is exact
     rest = rest - n * 1.4286068203094172e-6

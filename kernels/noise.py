@@ -5,8 +5,8 @@ implementation.
     out[b, 4n + i]  = i-th normal of words(n):  sqrt(-2 ln u) * (cos, sin)(2 pi v), two pairs
 
 `noise_block` is what other kernels call. It consists of integer operations, fp32 additions and multiplications rounded
-one by one and a correctly rounded square root, in the order of csrc/common/noise.h and vitok/ops/noise.py; a kernel that
-calls it must be launched with enable_fp_fusion=False.
+one by one and a correctly rounded square root, in the order of csrc/common/noise.h and vitok/ops/noise.py; a kernel
+that calls it must be launched with enable_fp_fusion=False.
 
 sample_ids  [B]            int64, any stride
 seed_at     one element    int64, or absent

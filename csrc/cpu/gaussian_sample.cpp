@@ -86,12 +86,17 @@ VITOK_INLINE Lanes clamp_lanes(Lanes x) {
 // The chunk's sum of mean^2 + e^v - 1 - v; a sample takes the place of the mean. The buffers are filled up with zeros to whole
 // vectors, and those add nothing.
 VITOK_INLINE float sample_chunk(float* mean, const float* logvar, const float* noise, int64_t n) {
+    constexpr int64_t kRun = 8 * kLanes;  // runs of their own sum: fewer roundings of a sum with one large term
     Lanes sum = lanes_set(0.0f);
-    for (int64_t e = 0; e < n; e += kLanes) {
-        const Lanes m = lanes_load(mean + e), v = clamp_lanes(lanes_load(logvar + e));
-        const Lanes deviation = lanes_exp(v * 0.5f);
-        sum += lanes_fma(m, m, excess_lanes(v, deviation * deviation));
-        if (noise) lanes_store(mean + e, lanes_fma(deviation, lanes_load(noise + e), m));
+    for (int64_t begin = 0; begin < n; begin += kRun) {
+        Lanes run = lanes_set(0.0f);
+        for (int64_t e = begin; e < n && e < begin + kRun; e += kLanes) {
+            const Lanes m = lanes_load(mean + e), v = clamp_lanes(lanes_load(logvar + e));
+            const Lanes deviation = lanes_exp(v * 0.5f);
+            run += lanes_fma(m, m, excess_lanes(v, deviation * deviation));
+            if (noise) lanes_store(mean + e, lanes_fma(deviation, lanes_load(noise + e), m));
+        }
+        sum += run;
     }
     return lanes_sum(sum);
 }

@@ -53,7 +53,8 @@ class GaussianPosterior:
         """
         if seed is None:
             seed = torch.randint(2**62, ()).to(self.moments.device)
-        z, self._kl = ops.gaussian_sample(self.moments, seed=seed, sample_ids=sample_ids)  # the KL costs next to nothing
+        # The KL costs next to nothing here, and training asks for it next.
+        z, self._kl = ops.gaussian_sample(self.moments, seed=seed, sample_ids=sample_ids)
         return z.transpose(1, 2).unflatten(-1, self.grid)
 
     def kl(self) -> Tensor:

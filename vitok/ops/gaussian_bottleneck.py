@@ -47,7 +47,7 @@ def gaussian_bottleneck(
         sample: False for z = mean.
         impl: "auto", "native", "triton" or "reference".
 
-    Returns: (z, mean, logvar, kl): [B, L, c] in the tokens' dtype, mean a view; kl [B] in float32 (float64 with float64).
+    Returns: (z, mean, logvar, kl): three of [B, L, c] in the tokens' dtype; kl [B] in float32 (float64 with float64).
     `gaussian_sample` on moments of your own returns z and kl alone and makes no clamped copy of the log-variance.
     Differentiable in tokens, weight and bias. Raises InputError for shapes that do not fit.
 

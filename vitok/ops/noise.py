@@ -51,7 +51,7 @@ def normal_noise(seed: int | Tensor, sample_ids: Tensor, elements: int, *, impl:
         elements: how many numbers a sample gets.
         impl: "auto", "native", "triton" or "reference"; the bits are the same.
 
-    Returns: float32 [B, elements] on the device of `sample_ids`. Raises InputError for arguments that are none of these.
+    Returns: float32 [B, elements] on the device of `sample_ids`. Raises InputError for other arguments.
 
     >>> normal_noise(0, torch.tensor([3]), 4).equal(normal_noise(0, torch.tensor([1, 2, 3]), 9)[2:, :4])
     True
@@ -117,8 +117,8 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
     """Two int64 tensors of words below 2^32 -> two float32 tensors of normals."""
-    # u = (word + 1/2) / 2^32 and -ln u = k ln 2 - ln(1 - d), 0 < d <= 1/2: above 1/2, d = 1 - u straight from the word's
-    # complement, which keeps all digits of a small d; below, u = 2^-k (1 - d). Nothing cancels.
+    # u = (word + 1/2) / 2^32 and -ln u = k ln 2 - ln(1 - d), 0 < d <= 1/2: above 1/2, d = 1 - u straight from the
+    # word's complement, which keeps all digits of a small d; below, u = 2^-k (1 - d). Nothing cancels.
     upper = radius_word >= 2**31
     f = torch.where(upper, _MASK - radius_word, radius_word).float() + 0.5
     bits = f.view(torch.int32)
