@@ -7,6 +7,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace vitok {
@@ -282,6 +284,55 @@ VITOK_INLINE UnsignedLanes lanes_round_bf16(Lanes x) {
 VITOK_INLINE void lanes_store_pair(bf16* to, Lanes even, Lanes odd) {
     const UnsignedLanes both = (lanes_round_bf16(odd) & 0xffff0000u) | lanes_round_bf16(even) >> 16;
     memcpy(to, &both, sizeof both);
+}
+
+typedef uint32_t WordLanes __attribute__((vector_size(4 * kLanes)));
+
+// The 64 bits of a * b in every lane.
+VITOK_INLINE void lanes_multiply_wide(WordLanes a, uint32_t b, WordLanes& high, WordLanes& low) {
+#if defined(__AVX512F__)
+    const __m512i factor = _mm512_set1_epi32(static_cast<int>(b)), x = reinterpret_cast<__m512i>(a);
+    const __m512i even = _mm512_mul_epu32(x, factor), odd = _mm512_mul_epu32(_mm512_shuffle_epi32(x, _MM_PERM_DDBB), factor);
+    high = reinterpret_cast<WordLanes>(_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB));
+    low = reinterpret_cast<WordLanes>(_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA));
+#elif defined(__AVX2__)
+    const __m256i factor = _mm256_set1_epi32(static_cast<int>(b)), x = reinterpret_cast<__m256i>(a);
+    const __m256i even = _mm256_mul_epu32(x, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
+    high = reinterpret_cast<WordLanes>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+    low = reinterpret_cast<WordLanes>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
+#elif defined(__SSE2__)
+    const __m128i factor = _mm_set1_epi32(static_cast<int>(b)), x = reinterpret_cast<__m128i>(a);
+    const __m128i even = _mm_mul_epu32(x, factor), odd = _mm_mul_epu32(_mm_srli_epi64(x, 32), factor);
+    const __m128i lower = _mm_set1_epi64x(0xffffffff);
+    high = reinterpret_cast<WordLanes>(_mm_or_si128(_mm_srli_epi64(even, 32), _mm_andnot_si128(lower, odd)));
+    low = reinterpret_cast<WordLanes>(_mm_or_si128(_mm_and_si128(lower, even), _mm_slli_epi64(odd, 32)));
+#else
+    for (int i = 0; i < kLanes; ++i) {
+        const uint64_t product = static_cast<uint64_t>(a[i]) * b;
+        high[i] = static_cast<uint32_t>(product >> 32), low[i] = static_cast<uint32_t>(product);
+    }
+#endif
+}
+
+// The 4 x 4 matrices that the four vectors hold in each 128 bits, transposed.
+VITOK_INLINE void lanes_transpose4(Lanes (&x)[4]) {
+#if defined(__AVX512F__)
+    const Lanes a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpackhi_ps(x[0], x[1]);
+    const Lanes c = _mm512_unpacklo_ps(x[2], x[3]), d = _mm512_unpackhi_ps(x[2], x[3]);
+    x[0] = _mm512_shuffle_ps(a, c, 0x44), x[1] = _mm512_shuffle_ps(a, c, 0xee);
+    x[2] = _mm512_shuffle_ps(b, d, 0x44), x[3] = _mm512_shuffle_ps(b, d, 0xee);
+#elif defined(__AVX2__)
+    const Lanes a = _mm256_unpacklo_ps(x[0], x[1]), b = _mm256_unpackhi_ps(x[0], x[1]);
+    const Lanes c = _mm256_unpacklo_ps(x[2], x[3]), d = _mm256_unpackhi_ps(x[2], x[3]);
+    x[0] = _mm256_shuffle_ps(a, c, 0x44), x[1] = _mm256_shuffle_ps(a, c, 0xee);
+    x[2] = _mm256_shuffle_ps(b, d, 0x44), x[3] = _mm256_shuffle_ps(b, d, 0xee);
+#else
+    for (int i = 0; i < kLanes; ++i)
+        for (int j = i + 1; j < kLanes; ++j) {
+            const float swap = x[i][j];
+            x[i][j] = x[j][i], x[j][i] = swap;
+        }
+#endif
 }
 
 }  // namespace

@@ -6,16 +6,33 @@ import torch
 from torch import Tensor, nn
 
 from vitok import ops
-
-LOGVAR_RANGE = (-30.0, 20.0)
+from vitok.ops.gaussian_bottleneck import LOGVAR_RANGE
 
 
 class GaussianPosterior:
-    """N(mean, exp(logvar)) for every latent element; shapes [B, c, h, w] for images, [B, c, t, h, w] for clips."""
+    """N(mean, exp(logvar)) for every latent element; shapes [B, c, h, w] for images, [B, c, t, h, w] for clips.
+
+    What `sample` and `kl` work on is one tensor, `moments` [B, L, 2c], of which an encoder's mean and logvar are views.
+    """
 
     def __init__(self, mean: Tensor, logvar: Tensor) -> None:
-        self.mean = mean
-        self.logvar = logvar.clamp(*LOGVAR_RANGE)
+        self._hold(torch.cat((mean, logvar), 1).flatten(2).transpose(1, 2), tuple(mean.shape[2:]))
+
+    @classmethod
+    def from_moments(cls, moments: Tensor, grid: tuple[int, ...]) -> GaussianPosterior:
+        """Of moments [B, L, 2c], mean first; L is the product of `grid`, (h, w) or (t, h, w)."""
+        posterior = cls.__new__(cls)
+        posterior._hold(moments, grid)
+        return posterior
+
+    def _hold(self, moments: Tensor, grid: tuple[int, ...]) -> None:
+        self.moments, self.grid = moments, grid
+        self.mean, self._logvar = moments.transpose(1, 2).unflatten(-1, grid).chunk(2, dim=1)
+        self._kl: Tensor | None = None
+
+    @property
+    def logvar(self) -> Tensor:
+        return self._logvar.clamp(*LOGVAR_RANGE)
 
     @property
     def std(self) -> Tensor:
@@ -25,29 +42,30 @@ class GaussianPosterior:
         """The most likely latents, which evaluation uses: the mean."""
         return self.mean
 
-    def sample(self, seed: int | None = None, sample_ids: Tensor | None = None) -> Tensor:
+    def sample(self, seed: int | Tensor | None = None, sample_ids: Tensor | None = None) -> Tensor:
         """Latents drawn by the reparametrisation trick, shaped like the mean.
 
         Args:
-            seed: 0 <= seed < 2^64. The noise depends on (seed, sample id, element) only, so a picture gets the same
-                latents in any batch and on any device. None draws a seed from torch's default generator.
+            seed: 0 <= seed < 2^64, or one int64 on the moments' device. The noise depends on (seed, sample id, element)
+                only, so a picture gets the same noise in any batch and on any device. None draws a seed from torch's
+                default generator.
             sample_ids: int64 [B], by default 0 .. B-1.
         """
         if seed is None:
-            seed = int(torch.randint(2**62, ()))
-        if sample_ids is None:
-            sample_ids = torch.arange(self.mean.shape[0], device=self.mean.device)
-        tokens_last = self.mean.movedim(1, -1)
-        noise = ops.normal_noise(seed, sample_ids, tokens_last[0].numel()).reshape(tokens_last.shape).movedim(-1, 1)
-        return self.mean + self.std * noise.to(self.mean.dtype)
+            seed = torch.randint(2**62, ()).to(self.moments.device)
+        # The KL costs next to nothing here, and training asks for it next.
+        z, self._kl = ops.gaussian_sample(self.moments, seed=seed, sample_ids=sample_ids)
+        return z.transpose(1, 2).unflatten(-1, self.grid)
 
     def kl(self) -> Tensor:
         """KL(posterior || N(0, I)) of each sample, in nats, averaged (not summed) over tokens and channels.
 
         Returns: [B], at least float32: near the prior its terms cancel to less than a half-precision number resolves.
         """
-        mean, logvar = (x if x.dtype == torch.float64 else x.float() for x in (self.mean, self.logvar))
-        return 0.5 * (mean.square() + logvar.expm1() - logvar).flatten(1).mean(1)
+        wants_grad = self.moments.requires_grad and torch.is_grad_enabled()
+        if self._kl is None or (wants_grad and not self._kl.requires_grad):
+            _, self._kl = ops.gaussian_sample(self.moments, sample=False)
+        return self._kl
 
 
 class GaussianBottleneck(nn.Module):
@@ -58,5 +76,4 @@ class GaussianBottleneck(nn.Module):
         self.to_moments = nn.Linear(width, 2 * channels)
 
     def forward(self, tokens: Tensor, grid: tuple[int, ...]) -> GaussianPosterior:
-        moments = self.to_moments(tokens).transpose(1, 2).unflatten(-1, grid)
-        return GaussianPosterior(*moments.chunk(2, dim=1))
+        return GaussianPosterior.from_moments(self.to_moments(tokens), grid)

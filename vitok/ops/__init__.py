@@ -3,6 +3,7 @@
 from vitok.ops._registry import Choice, ImplementationError, Preference, check_environment, choices, preferences
 from vitok.ops.attention import attention
 from vitok.ops.gated_mlp_act import gated_mlp_act
+from vitok.ops.gaussian_bottleneck import gaussian_bottleneck, gaussian_sample
 from vitok.ops.noise import normal_noise
 from vitok.ops.norm import add_norm, norm
 from vitok.ops.norm import norm
@@ -19,6 +20,8 @@ __all__ = [
     "attention",
     "choices",
     "gated_mlp_act",
+    "gaussian_bottleneck",
+    "gaussian_sample",
     "norm",
     "normal_noise",
     "preferences",
