@@ -6,7 +6,6 @@ from vitok.ops.gated_mlp_act import gated_mlp_act
 from vitok.ops.gaussian_bottleneck import gaussian_bottleneck, gaussian_sample
 from vitok.ops.noise import normal_noise
 from vitok.ops.norm import add_norm, norm
-from vitok.ops.norm import norm
 from vitok.ops.pixel_loss import pixel_loss
 from vitok.ops.qk_norm_rope import qk_norm_rope
 from vitok.ops.tubelet_embed import tubelet_embed, tubelet_gather
