@@ -3,6 +3,8 @@
 #pragma once
 
 #include "tubelet_gather.h"
+#include "tubelet_scatter.h"
 
 #define VITOK_OPS(op) \
-    op(tubelet_gather, TubeletGather)
+    op(tubelet_gather, TubeletGather) \
+    op(tubelet_scatter, TubeletScatter)

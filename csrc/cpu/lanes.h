@@ -196,6 +196,22 @@ VITOK_INLINE Lanes lanes_exp(Lanes x) {
     return lanes_where_less(x, lanes_set(-87.3f), lanes_set(0.0f), lanes_exp2_parts(shifted, rest * log2e));
 }
 
+// As bytes, to nearest, ties to even; every lane must be in 0..255.
+VITOK_INLINE void lanes_store(uint8_t* to, Lanes x) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+#elif defined(__AVX2__)
+    const __m256i whole = _mm256_cvtps_epi32(x);
+    const __m256i words = _mm256_packus_epi32(whole, whole);  // each 128-bit half twice
+    const __m256i bytes = _mm256_packus_epi16(words, words);
+    const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32(low, high));
+#else
+    const IntLanes bits = lanes_bits(x + lanes_set(0x1.8p23f));  // adding it rounds to an integer, kept in the low bits
+    for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint8_t>(bits[i]);
+#endif
+}
+
 }  // namespace
 }  // namespace VITOK_ISA
 }  // namespace vitok
