@@ -7,7 +7,7 @@ from vitok.ops.noise import normal_noise
 from vitok.ops.norm import norm
 from vitok.ops.qk_norm_rope import qk_norm_rope
 from vitok.ops.tubelet_embed import tubelet_embed, tubelet_gather
-from vitok.ops.tubelet_unembed import tubelet_unembed
+from vitok.ops.tubelet_unembed import tubelet_scatter, tubelet_unembed
 
 __all__ = [
     "Choice",
@@ -20,5 +20,6 @@ __all__ = [
     "qk_norm_rope",
     "tubelet_embed",
     "tubelet_gather",
+    "tubelet_scatter",
     "tubelet_unembed",
 ]
