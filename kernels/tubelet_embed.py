@@ -2,8 +2,8 @@
 
     out[b, (lt, ly, lx), n] = sum_e weight[n, e] * normalise(pixels[b, lt*q + i, ly*p + j, lx*p + k, ch]) + bias[n]
 
-with e = (i, j, k, ch) and normalise(x) = x * 2/255 - 1 for uint8, x for floats. Fused: the whole gather into the load of
-the product's left operand, so that the patch rows (6 bytes a pixel written and 6 read, in a 16-bit type) never exist;
+with e = (i, j, k, ch) and normalise(x) = x * 2/255 - 1 for uint8, x for floats. Fused: the whole gather into the load
+of the product's left operand, so that the patch rows (6 bytes a pixel written and 6 read, in a 16-bit type) never exist;
 3 bytes of uint8 a pixel are read from memory, again from the second-level cache for every further block of features.
 
 pixels  [B, T, H, W, 3]  uint8, float16, bfloat16 or float32; rows interleaved or in planes, other strides any
@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), none measured yet.
-# LARGE: 128 x 128 sums are 64 registers a thread over two warpgroups, which leaves room for the conversion of the bytes;
-# 64 deep is four instructions' worth on sm_90. A 128 x 64 operand costs a warp scheduler about 260 cycles of conversion
+# LARGE: 128 x 128 sums are 64 registers a thread over two warpgroups, which leaves room for converting the bytes; 64
+# deep is four instructions' worth on sm_90. A 128 x 64 operand costs a warp scheduler about 260 cycles of conversion
 # beside the 490 that its products take.
 # SMALL: when LARGE would leave multiprocessors of an H200 (132) without a block.
 # EXACT: fp32 without tensor cores; 16 sums a thread. Twice the tile spills, and Triton 3.7 gives tiles of 64 tokens to

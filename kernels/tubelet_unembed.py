@@ -3,10 +3,10 @@
     out[b, lt*q + i, ly*p + j, lx*p + k, ch] = to_pixel(sum_c weight[e, c] * tokens[b, (lt, ly, lx), c] + bias[e])
 
 with e = (i, j, k, ch). Fused: permutation, crop and, for uint8, clamp, scale, round and cast into the epilogue of the
-product. The columns of a tile are taken in the order of the clip's memory, which costs nothing (a column is a row of the
-weight, loaded whole wherever it stands) and makes the stores contiguous. Against a library product and a scatter it saves
-2 + 2 bytes an element of a 16-bit type: at width 768 and 16 x 16 patches 3 KB a token, 0.7 ns at 4.3 TB/s beside the
-product's 1.5 ns at 770 TFLOP/s; it wins where this kernel reaches more than 0.7 of the library's rate.
+product. The columns of a tile are taken in the order of the clip's memory, which costs nothing (a column is a row of
+the weight, loaded whole wherever it stands) and makes the stores contiguous. Against a library product and a scatter it
+saves 2 + 2 bytes an element of a 16-bit type: at width 768 and 16 x 16 patches 3 KB a token, 0.7 ns at 4.3 TB/s beside
+the product's 1.5 ns at 770 TFLOP/s; it wins where this kernel reaches more than 0.7 of the library's rate.
 
 tokens  [B, L, C]        float16, bfloat16 or float32, any strides; L = ceil(T/q) * ceil(H/p) * ceil(W/p)
 weight  [q*p*p*3, C]     the tokens' dtype, any strides

@@ -1,4 +1,4 @@
-"""The operators behind the tubelet ops: clips to patch rows (gather) and rows to clips (scatter), each the other's gradient."""
+"""The operators of the tubelet ops: clips to patch rows (gather), rows to clips (scatter), each the other's gradient."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_tubelet(tubelet: tuple[int, int]) -> None:
 def check_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, wanted: str, shape: tuple[int | None, int | None]
 ) -> None:
-    """Refuse a weight that is not of `shape` (None: any), a bias that does not go with it, and tensors of two devices."""
+    """Refuse a weight not of `shape` (None: any), a bias that does not go with it, and tensors of two devices."""
     if weight.dim() != 2 or any(n is not None and n != got for n, got in zip(shape, weight.shape, strict=True)):
         raise InputError(f"weight must be {wanted}, got {list(weight.shape)}")
     if not weight.is_floating_point():
@@ -107,7 +107,7 @@ SCATTER = define(
 
 
 def gather_backward(impl: str, rows: Tensor, pixels: Tensor, q: int, p: int, pad_zero: bool) -> Tensor:
-    """The gradient of pixels [B, T, H, W, 3] from that of their rows, in the pixels' dtype and their order of memory."""
+    """The gradient of pixels [B, T, H, W, 3] from that of their rows, in the pixels' dtype and order of memory."""
     interleaved = pixels.stride(4) == 1
     gradient = SCATTER(impl, rows, q, p, pixels.shape[1:4], not pad_zero, pixels.dtype, interleaved)
     return gradient if interleaved else gradient.permute(0, 2, 3, 4, 1)

@@ -1,9 +1,9 @@
 """tubelet_embed: pixels to tokens. out[b, l] = W . normalise(tubelet l of clip b) + bias.
 
 The gather reads the q x p x p x 3 pixels of every tubelet in any layout and dtype and maps uint8 to [-1, 1]. The native
-implementation writes them as rows for a library matrix product, the Triton one multiplies them as they come: no float
-image, no padded image and no permuted copy ever exist. Conv3d with kernel = stride computes the same and is a known slow
-path. Source: ViTok (arXiv:2501.09755), section 2.
+implementation writes them as rows for a library matrix product, the Triton one multiplies whole tubelets as they come:
+no float image, no padded image and no permuted copy ever exist. Conv3d with kernel = stride computes the same and is a
+known slow path. Source: ViTok (arXiv:2501.09755), section 2.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def tubelet_embed(
             mid-grey.
         impl: "auto", "native", "triton" or "reference".
 
-    Returns: tokens [B, ceil(T/q) * ceil(H/p) * ceil(W/p), width] in row-major (t, y, x) order, in the weight's dtype, or
-    autocast's where it is on. Differentiable in float pixels, weight and bias; the backward gathers the rows again
+    Returns: tokens [B, ceil(T/q) * ceil(H/p) * ceil(W/p), width] in row-major (t, y, x) order, in the weight's dtype,
+    or autocast's where it is on. Differentiable in float pixels, weight and bias; the backward gathers the rows again
     instead of keeping them. Raises InputError for wrong shapes, dtypes and devices.
 
     >>> tubelet_embed(torch.zeros(1, 1, 32, 32, 3, dtype=torch.uint8), torch.ones(8, 768), tubelet=(1, 16)).shape
@@ -156,7 +156,8 @@ def _embed(impl: str, pixels: Tensor, weight: Tensor, bias: Tensor | None, q: in
 
 
 _FORWARD = define(
-    "tubelet_embed_forward(str impl, Tensor pixels, Tensor weight, Tensor? bias, int q, int p, bool pad_zero) -> Tensor",
+    "tubelet_embed_forward(str impl, Tensor pixels, Tensor weight, Tensor? bias, int q, int p, bool pad_zero)"
+    " -> Tensor",
     _embed,
     _embed_empty,
 )

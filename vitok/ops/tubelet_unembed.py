@@ -1,7 +1,7 @@
 """tubelet_unembed: tokens to pixels. tubelet l of clip b = W . tokens[b, l] + bias, written into the clip and cropped.
 
-The transposed convolution with kernel = stride of ViTok (arXiv:2501.09755), section 2. The native implementation is a library
-matrix product and one scatter of its rows into the clip; the Triton one writes the product into the clip itself.
+The transposed convolution with kernel = stride of ViTok (arXiv:2501.09755), section 2. The native implementation is a
+library matrix product and one scatter of its rows into the clip; the Triton one writes the product into the clip.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def tubelet_unembed(
     wanted = f"[{q * p * p * 3}, {tokens.shape[2]}] for tubelet {tubelet}"
     check_linear(tokens, weight, bias, wanted, (q * p * p * 3, tokens.shape[2]))
     if out_dtype == torch.uint8:
-        tokens, weight, bias = (x if x is None else x.detach() for x in (tokens, weight, bias))
+        tokens, weight, bias = tokens.detach(), weight.detach(), None if bias is None else bias.detach()
     dtype = autocast(tokens)
-    tokens, weight, bias = (x if x is None else x.to(dtype) for x in (tokens, weight, bias))
+    tokens, weight, bias = tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _UNEMBED_OP(impl, tokens, weight, bias, q, p, tuple(size), out_dtype or dtype, layout == "channels_last")
 
 
@@ -167,7 +167,8 @@ def _run_scatter(
     if dtype != torch.uint8 and rows.requires_grad and torch.is_grad_enabled():
         pixels: Tensor = _Scatter.apply(impl, rows, q, p, size, dtype, channels_last)
         return pixels
-    return SCATTER(impl, rows.detach(), q, p, size, False, dtype, channels_last)  # type: ignore[no-any-return]
+    scattered: Tensor = SCATTER(impl, rows.detach(), q, p, size, False, dtype, channels_last)
+    return scattered
 
 
 def _empty(
