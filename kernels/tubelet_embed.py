@@ -3,8 +3,9 @@
     out[b, (lt, ly, lx), n] = sum_e weight[n, e] * normalise(pixels[b, lt*q + i, ly*p + j, lx*p + k, ch]) + bias[n]
 
 with e = (i, j, k, ch) and normalise(x) = x * 2/255 - 1 for uint8, x for floats. Fused: the whole gather into the load
-of the product's left operand, so that the patch rows (6 bytes a pixel written and 6 read, in a 16-bit type) never exist;
-3 bytes of uint8 a pixel are read from memory, again from the second-level cache for every further block of features.
+of the product's left operand, so that the patch rows (6 bytes a pixel written and 6 read, in a 16-bit type) never
+exist; 3 bytes of uint8 a pixel are read from memory, and from the second-level cache for every further block of
+features.
 
 pixels  [B, T, H, W, 3]  uint8, float16, bfloat16 or float32; rows interleaved or in planes, other strides any
 weight  [N, q*p*p*3]     float16, bfloat16 or float32, any strides

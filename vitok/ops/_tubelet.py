@@ -1,4 +1,4 @@
-"""The operators of the tubelet ops: clips to patch rows (gather), rows to clips (scatter), each the other's gradient."""
+"""The operators of the tubelet ops: clips to patch rows (gather), rows to clips (scatter), the other's gradient."""
 
 from __future__ import annotations
 
