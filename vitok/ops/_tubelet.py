@@ -70,7 +70,7 @@ def _gather(impl: str, pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: to
 def _scatter_empty(
     impl: str, rows: Tensor, q: int, p: int, size: list[int], fold_edges: bool, dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
-    return rows.new_empty((len(rows), *size, 3) if channels_last else (len(rows), 3, *size), dtype=dtype)
+    return rows.new_empty((rows.shape[0], *size, 3) if channels_last else (rows.shape[0], 3, *size), dtype=dtype)
 
 
 def _scatter(

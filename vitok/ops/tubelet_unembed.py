@@ -141,8 +141,8 @@ def reference(
 
 def scatter_reference(rows: Tensor, q: int, p: int, size: Size, dtype: torch.dtype, channels_last: bool) -> Tensor:
     t, y, x = grid(size, q, p)
-    tubelets = rows.reshape(len(rows), t, y, x, q, p, p, 3).permute(0, 1, 4, 2, 5, 3, 6, 7)
-    pixels = tubelets.reshape(len(rows), t * q, y * p, x * p, 3)[:, : size[0], : size[1], : size[2]]
+    tubelets = rows.reshape(rows.shape[0], t, y, x, q, p, p, 3).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    pixels = tubelets.reshape(rows.shape[0], t * q, y * p, x * p, 3)[:, : size[0], : size[1], : size[2]]
     if dtype == torch.uint8:
         pixels = pixels.detach().float().clamp(-1, 1).add(1).mul(127.5).round().nan_to_num(0.0).to(torch.uint8)
     return (pixels if channels_last else pixels.permute(0, 4, 1, 2, 3)).contiguous()
@@ -182,7 +182,7 @@ def _empty(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    return tokens.new_empty((len(tokens), *size, 3) if channels_last else (len(tokens), 3, *size), dtype=dtype)
+    return tokens.new_empty((tokens.shape[0], *size, 3) if channels_last else (tokens.shape[0], 3, *size), dtype=dtype)
 
 
 def _unembed(
