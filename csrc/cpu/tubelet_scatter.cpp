@@ -41,6 +41,53 @@ VITOK_INLINE void convert(const S* from, D* to, int64_t n) {
     if (e < n) store(to + n - kLanes, lanes_load(from + n - kLanes));
 }
 
+#if defined(__AVX2__)
+
+// The byte shuffles that collect a colour from 48 interleaved bytes: for each colour and each third of the 48, the byte of
+// that third which goes to each place, or 0x80 for none.
+template <int Size>
+struct Picks {
+    alignas(16) uint8_t byte[3][3][16];
+    constexpr Picks() : byte() {
+        for (int ch = 0; ch < 3; ++ch)
+            for (int third = 0; third < 3; ++third)
+                for (int n = 0; n < 16; ++n) {
+                    const int from = (n / Size * 3 + ch) * Size + n % Size;
+                    byte[ch][third][n] = static_cast<uint8_t>(from / 16 == third ? from % 16 : 0x80);
+                }
+    }
+};
+
+// As many whole groups of 16 bytes a plane as there are; returns the pixels done. The
+// loop below alone, as the compiler vectorises it, was measured to be slower than the eager copy for 16-bit types.
+template <class D>
+VITOK_INLINE int64_t split_planes(const D* from, D* to, int64_t stride_c, int64_t count) {
+    constexpr int64_t group = 16 / sizeof(D);
+    static constexpr Picks<sizeof(D)> picks;
+    const auto pick = [&](__m128i x, int ch, int third) {
+        return _mm_shuffle_epi8(x, _mm_load_si128(reinterpret_cast<const __m128i*>(picks.byte[ch][third])));
+    };
+    int64_t x = 0;
+    for (; x + group <= count; x += group) {
+        const __m128i* const in = reinterpret_cast<const __m128i*>(from + 3 * x);
+        const __m128i a = _mm_loadu_si128(in), b = _mm_loadu_si128(in + 1), c = _mm_loadu_si128(in + 2);
+        for (int ch = 0; ch < 3; ++ch) {
+            const __m128i plane = _mm_or_si128(_mm_or_si128(pick(a, ch, 0), pick(b, ch, 1)), pick(c, ch, 2));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + ch * stride_c + x), plane);
+        }
+    }
+    return x;
+}
+
+#else
+
+template <class D>
+VITOK_INLINE int64_t split_planes(const D*, D*, int64_t, int64_t) {
+    return 0;
+}
+
+#endif
+
 // count pixels r g b r g b ... to where a row of the clip has them.
 template <class D>
 VITOK_INLINE void deinterleave(const D* __restrict from, D* to, int64_t stride_x, int64_t stride_c, int64_t count) {
@@ -48,7 +95,7 @@ VITOK_INLINE void deinterleave(const D* __restrict from, D* to, int64_t stride_x
         D* __restrict red = to;
         D* __restrict green = to + stride_c;
         D* __restrict blue = to + 2 * stride_c;
-        for (int64_t x = 0; x < count; ++x) {
+        for (int64_t x = split_planes(from, to, stride_c, count); x < count; ++x) {
             red[x] = from[3 * x];
             green[x] = from[3 * x + 1];
             blue[x] = from[3 * x + 2];
