@@ -39,12 +39,14 @@ struct alignas(N * sizeof(T) % 16 == 0 ? 16 : N * sizeof(T) % 8 == 0 ? 8 : sizeo
 };
 
 template <class S, class D, class F, int V>
-__global__ void __launch_bounds__(kChunks * kRows, kBlocks) tubelet_scatter_kernel(const Args<S, D> a, D* __restrict__ target) {
+__global__ void __launch_bounds__(kChunks * kRows, kBlocks)
+    tubelet_scatter_kernel(const Args<S, D> a, D* __restrict__ target) {
     const uint32_t clip_row = blockIdx.x * kRows + threadIdx.y;
     if (clip_row >= a.clip_rows) return;
     const uint32_t y = clip_row % a.height, t = clip_row / a.height % a.frames, b = clip_row / a.height / a.frames;
     const uint32_t ly = y / a.p, j = y - ly * a.p, lt = t / a.q, i = t - lt * a.q;
-    const S* const tokens = a.source + b * a.src_stride_b + (static_cast<int64_t>(lt) * a.rows_y + ly) * a.columns * a.src_stride_l;
+    const int64_t token_row = static_cast<int64_t>(lt) * a.rows_y + ly;
+    const S* const tokens = a.source + b * a.src_stride_b + token_row * a.columns * a.src_stride_l;
     D* const row = target + b * a.stride_b + t * a.stride_t + y * a.stride_y;
 
     const uint32_t i_end = a.fold_edges && t == a.frames - 1 ? a.q : i + 1;
@@ -69,8 +71,10 @@ __global__ void __launch_bounds__(kChunks * kRows, kBlocks) tubelet_scatter_kern
 #pragma unroll 1
                     for (uint32_t from_j = j; from_j < j_end; ++from_j)
 #pragma unroll 1
-                        for (uint32_t from_k = k + n; from_k < k_end; ++from_k)
-                            sum += widen(from[((static_cast<int64_t>(from_i * a.p + from_j) * a.p + from_k) * 3 + ch) * a.src_stride_e]);
+                        for (uint32_t from_k = k + n; from_k < k_end; ++from_k) {
+                            const int64_t pixel = static_cast<int64_t>(from_i * a.p + from_j) * a.p + from_k;
+                            sum += widen(from[(pixel * 3 + ch) * a.src_stride_e]);
+                        }
                 to_pixel(sum, to[n * a.stride_x + ch * a.stride_c]);
             }
             continue;
@@ -107,12 +111,13 @@ void launch(const TubeletScatter& s, cudaStream_t stream) {
     for (const int64_t n : {s.sizes[1], s.sizes[2], s.sizes[3], s.sizes[0] * s.sizes[1] * s.sizes[2], s.q * s.p})
         if (n < 0 || n > INT32_MAX - (1 << 24))
             throw std::runtime_error("tubelet_scatter: more than 2^31 rows, columns or frames do not fit one launch");
-    const auto aligned = [](auto address, int64_t size, int64_t bytes) { return static_cast<int64_t>(address) * size % bytes == 0; };
+    const auto aligned = [](int64_t stride, int64_t size, int64_t bytes) { return stride * size % bytes == 0; };
 
     Args<S, D> a;
     a.source = static_cast<const S*>(s.src);
     a.src_stride_b = s.src_strides[0], a.src_stride_l = s.src_strides[1], a.src_stride_e = s.src_strides[2];
-    a.stride_b = s.strides[0], a.stride_t = s.strides[1], a.stride_y = s.strides[2], a.stride_x = s.strides[3], a.stride_c = s.strides[4];
+    a.stride_b = s.strides[0], a.stride_t = s.strides[1], a.stride_y = s.strides[2];
+    a.stride_x = s.strides[3], a.stride_c = s.strides[4];
     a.frames = static_cast<uint32_t>(s.sizes[1]), a.height = static_cast<uint32_t>(s.sizes[2]);
     a.width = static_cast<uint32_t>(s.sizes[3]);
     a.clip_rows = static_cast<uint32_t>(s.sizes[0] * s.sizes[1] * s.sizes[2]);
@@ -132,7 +137,8 @@ void launch(const TubeletScatter& s, cudaStream_t stream) {
     a.wide_row = s.strides[4] == 1 && s.strides[3] == 3 && rows_aligned(out);
 
     const int64_t blocks = ceil_div(a.chunks, kChunks);
-    const dim3 grid(static_cast<unsigned>(ceil_div(a.clip_rows, kRows)), static_cast<unsigned>(blocks < 65535 ? blocks : 65535));
+    const dim3 grid(static_cast<unsigned>(ceil_div(a.clip_rows, kRows)),
+                    static_cast<unsigned>(blocks < 65535 ? blocks : 65535));
     tubelet_scatter_kernel<S, D, F, V><<<grid, dim3(kChunks, kRows), 0, stream>>>(a, static_cast<D*>(s.dst));
     check_launch("tubelet_scatter");
 }
