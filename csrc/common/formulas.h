@@ -107,6 +107,18 @@ VITOK_INLINE double normalise(double value, double scale, double shift) {
 #endif
 }
 
+// A colour in [-1, 1] as a byte: clamped, mapped to 0..255 and rounded to nearest, ties to even; NaN gives 0. The bits of the
+// eager expression (clamp(x, -1, 1) + 1) * 127.5: sum and product are rounded separately.
+VITOK_INLINE uint8_t to_byte(float x) {
+    const float low = x > -1.0f ? x : -1.0f;
+    const float clamped = low < 1.0f ? low : 1.0f;
+#if defined(__CUDA_ARCH__)
+    return static_cast<uint8_t>(__float2uint_rn(__fmul_rn(__fadd_rn(clamped, 1.0f), 127.5f)));
+#else
+    return static_cast<uint8_t>(float_bits((clamped + 1.0f) * 127.5f + 0x1.8p23f));  // the sum rounds to an integer
+#endif
+}
+
 // Edge replication: an index past the end reads the last element.
 template <class Int>
 VITOK_INLINE Int clamp_edge(Int index, Int size) {

@@ -2,10 +2,26 @@
 // struct, and a function of this name in cpu/ and, with _cuda behind it, in cuda/; the rest follows from the list.
 #pragma once
 
+#include "gated_mlp_act.h"
+#include "gaussian_sample.h"
+#include "noise.h"
 #include "norm.h"
+#include "pixel_loss.h"
+#include "qk_norm_rope.h"
 #include "tubelet_gather.h"
+#include "tubelet_scatter.h"
 
-#define VITOK_OPS(op)                  \
-    op(tubelet_gather, TubeletGather)  \
-    op(norm_forward, NormForward)      \
-    op(norm_backward, NormBackward)
+#define VITOK_OPS(op)                                    \
+    op(gated_mlp_act_backward, GatedMlpActBackward)      \
+    op(gated_mlp_act_forward, GatedMlpActForward)        \
+    op(gaussian_sample_backward, GaussianSampleBackward) \
+    op(gaussian_sample_forward, GaussianSampleForward)   \
+    op(norm_backward, NormBackward)                      \
+    op(norm_forward, NormForward)                        \
+    op(normal_noise, NormalNoise)                        \
+    op(pixel_loss_backward, PixelLossBackward)           \
+    op(pixel_loss_forward, PixelLossForward)             \
+    op(qk_norm_rope_backward, QkNormRopeBackward)        \
+    op(qk_norm_rope_forward, QkNormRopeForward)          \
+    op(tubelet_gather, TubeletGather)                    \
+    op(tubelet_scatter, TubeletScatter)

@@ -12,6 +12,29 @@ namespace vitok {
 // Largest patch edge: bounds the row buffer that a CPU thread keeps on its stack.
 constexpr int64_t kMaxPatch = 256;
 
+// Whether every offset into a tensor of these sizes and strides, in bytes of the widest type, is an int64.
+template <int N>
+static inline bool offsets_fit(const int64_t (&sizes)[N], const int64_t (&strides)[N]) {
+    int64_t last = 0;
+    for (int i = 0; i < N; ++i) {
+        int64_t reach;
+        if (__builtin_mul_overflow(sizes[i], strides[i], &reach) || __builtin_add_overflow(last, reach, &last)) return false;
+    }
+    return last <= INT64_MAX / 8;
+}
+
+// The strides (b, l) of contiguous rows [B, L, q*p*p*3] for clips of sizes (B, T, H, W); false when there are too many elements.
+static inline bool row_strides(const int64_t (&sizes)[4], int64_t q, int64_t p, int64_t (&strides)[2]) {
+    int64_t grid = 1, all;
+    if (__builtin_mul_overflow(q, 3 * p * p, &strides[1])) return false;
+    for (int i = 1; i < 4; ++i) {
+        const int64_t step = i == 1 ? q : p;
+        if (__builtin_mul_overflow(grid, sizes[i] / step + (sizes[i] % step != 0), &grid)) return false;
+    }
+    if (__builtin_mul_overflow(strides[1], grid, &strides[0])) return false;
+    return !__builtin_mul_overflow(strides[0], sizes[0], &all) && all <= INT64_MAX / 8;
+}
+
 struct TubeletGather {
     const void* src;  // [B, T, H, W, 3] by strides
     DType src_dtype;
@@ -42,6 +65,9 @@ struct TubeletGather {
             if (stride < 0) return "strides must not be negative";
         if (q < 1) return "q must be at least 1";
         if (p < 1 || p > kMaxPatch) return "p must be from 1 to 256";
+        int64_t rows[2];
+        if (!offsets_fit<5>({sizes[0], sizes[1], sizes[2], sizes[3], 3}, strides) || !row_strides(sizes, q, p, rows))
+            return "sizes and strides reach beyond an address space of 64 bits";
         if (sizes[0] > 0 && (!src || !dst)) return "src and dst must not be null";
         return nullptr;
     }

@@ -120,6 +120,7 @@ VITOK_INLINE Lanes lanes_where_less(Lanes a, Lanes b, Lanes then, Lanes otherwis
 // lanes_max and lanes_min give b where either is NaN, so a bound goes first: lanes_max(bound, x) keeps the NaN of x.
 
 typedef int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UnsignedLanes __attribute__((vector_size(4 * kLanes)));
 
 VITOK_INLINE IntLanes lanes_bits(Lanes x) {
     IntLanes bits;
@@ -265,8 +266,6 @@ VITOK_INLINE void lanes_store_pair(T* to, Lanes a, Lanes b) {
     lanes_store(to, a);
     lanes_store(to + kLanes, b);
 }
-typedef uint32_t UnsignedLanes __attribute__((vector_size(4 * kLanes)));
-
 VITOK_INLINE void lanes_load_pair(const bf16* from, Lanes& even, Lanes& odd) {
     UnsignedLanes both, high, low;
     memcpy(&both, from, sizeof both);
@@ -286,26 +285,24 @@ VITOK_INLINE void lanes_store_pair(bf16* to, Lanes even, Lanes odd) {
     memcpy(to, &both, sizeof both);
 }
 
-typedef uint32_t WordLanes __attribute__((vector_size(4 * kLanes)));
-
 // The 64 bits of a * b in every lane.
-VITOK_INLINE void lanes_multiply_wide(WordLanes a, uint32_t b, WordLanes& high, WordLanes& low) {
+VITOK_INLINE void lanes_multiply_wide(UnsignedLanes a, uint32_t b, UnsignedLanes& high, UnsignedLanes& low) {
 #if defined(__AVX512F__)
     const __m512i factor = _mm512_set1_epi32(static_cast<int>(b)), x = reinterpret_cast<__m512i>(a);
     const __m512i even = _mm512_mul_epu32(x, factor), odd = _mm512_mul_epu32(_mm512_shuffle_epi32(x, _MM_PERM_DDBB), factor);
-    high = reinterpret_cast<WordLanes>(_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB));
-    low = reinterpret_cast<WordLanes>(_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA));
+    high = reinterpret_cast<UnsignedLanes>(_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB));
+    low = reinterpret_cast<UnsignedLanes>(_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA));
 #elif defined(__AVX2__)
     const __m256i factor = _mm256_set1_epi32(static_cast<int>(b)), x = reinterpret_cast<__m256i>(a);
     const __m256i even = _mm256_mul_epu32(x, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
-    high = reinterpret_cast<WordLanes>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
-    low = reinterpret_cast<WordLanes>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
+    high = reinterpret_cast<UnsignedLanes>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+    low = reinterpret_cast<UnsignedLanes>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
 #elif defined(__SSE2__)
     const __m128i factor = _mm_set1_epi32(static_cast<int>(b)), x = reinterpret_cast<__m128i>(a);
     const __m128i even = _mm_mul_epu32(x, factor), odd = _mm_mul_epu32(_mm_srli_epi64(x, 32), factor);
     const __m128i lower = _mm_set1_epi64x(0xffffffff);
-    high = reinterpret_cast<WordLanes>(_mm_or_si128(_mm_srli_epi64(even, 32), _mm_andnot_si128(lower, odd)));
-    low = reinterpret_cast<WordLanes>(_mm_or_si128(_mm_and_si128(lower, even), _mm_slli_epi64(odd, 32)));
+    high = reinterpret_cast<UnsignedLanes>(_mm_or_si128(_mm_srli_epi64(even, 32), _mm_andnot_si128(lower, odd)));
+    low = reinterpret_cast<UnsignedLanes>(_mm_or_si128(_mm_and_si128(lower, even), _mm_slli_epi64(odd, 32)));
 #else
     for (int i = 0; i < kLanes; ++i) {
         const uint64_t product = static_cast<uint64_t>(a[i]) * b;
@@ -332,6 +329,22 @@ VITOK_INLINE void lanes_transpose4(Lanes (&x)[4]) {
             const float swap = x[i][j];
             x[i][j] = x[j][i], x[j][i] = swap;
         }
+#endif
+}
+
+// As bytes, to nearest, ties to even; every lane must be in 0..255.
+VITOK_INLINE void lanes_store(uint8_t* to, Lanes x) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+#elif defined(__AVX2__)
+    const __m256i whole = _mm256_cvtps_epi32(x);
+    const __m256i words = _mm256_packus_epi32(whole, whole);  // each 128-bit half twice
+    const __m256i bytes = _mm256_packus_epi16(words, words);
+    const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32(low, high));
+#else
+    const IntLanes bits = lanes_bits(x + lanes_set(0x1.8p23f));  // adding it rounds to an integer, kept in the low bits
+    for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint8_t>(bits[i]);
 #endif
 }
 

@@ -9,7 +9,7 @@ namespace VITOK_ISA {
 namespace {
 
 struct LanesMath {
-    using Word = WordLanes;
+    using Word = UnsignedLanes;
     using Float = Lanes;
 
     VITOK_INLINE Float add(Float a, Float b) { return a + b; }
@@ -28,7 +28,7 @@ constexpr int64_t kNoiseGroup = 4 * kLanes;
 // Elements first .. first + kNoiseGroup - 1 of a sample.
 VITOK_INLINE void noise_group(float* to, uint64_t seed, uint64_t sample, int64_t first) {
     const uint64_t block = static_cast<uint64_t>(first) / 4;  // a multiple of kLanes, so lanes never carry into the high word
-    WordLanes c[4];
+    UnsignedLanes c[4];
     for (int lane = 0; lane < kLanes; ++lane) {
         // The order in which the transposes below leave neighbouring blocks side by side.
         c[0][lane] = static_cast<uint32_t>(block) + static_cast<uint32_t>(lane % 4 * (kLanes / 4) + lane / 4);

@@ -1,4 +1,4 @@
-"""tubelet_embed: the reference against indexing by hand, the native gather against the reference bit for bit."""
+"""tubelet_embed: the reference against indexing by hand, the gathers against the reference bit for bit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitok import InputError, _native
-from vitok.ops import tubelet_embed, tubelet_gather, tubelet_unembed
+from vitok.ops import _triton, tubelet_embed, tubelet_gather, tubelet_scatter, tubelet_unembed
 from vitok.ops._registry import ImplementationError
 
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 IMPLS = ["reference", "native"]
 SOURCES = [torch.uint8, torch.float32, torch.bfloat16, torch.float16]
 TARGETS = [torch.float32, torch.bfloat16, torch.float16]
 needs_native = pytest.mark.skipif(_native.library() is None, reason=f"no native library: {_native.reason()}")
-impls = pytest.mark.parametrize("impl", ["reference", pytest.param("native", marks=needs_native)])
+no_triton = _triton.MISSING or _triton.refuses(torch.empty(0, device=DEVICES[-1]))
+needs_triton = pytest.mark.skipif(bool(no_triton), reason=no_triton or "Triton is there")
+NATIVE, TRITON = pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)
+impls = pytest.mark.parametrize("impl", ["reference", NATIVE])
+kernels = pytest.mark.parametrize("impl", [NATIVE, TRITON])
 
 LAYOUTS = {
     "channels_last": lambda x: x,
@@ -148,6 +153,114 @@ def test_gradient_does_not_write_into_the_incoming_one():
     assert leaf.grad[0, 0, 2, 2].tolist() == [4.0] * 3 and leaf.grad[0, 0, 0, 0].tolist() == [1.0] * 3
 
 
+@needs_triton
+@pytest.mark.parametrize("device", DEVICES[-1:])
+@pytest.mark.parametrize("pad", ["edge", "zero"])
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first", "every_second_pixel", "still"])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(torch.uint8, torch.float16), (torch.uint8, torch.float32), (torch.float32, torch.float16)],
+    ids=str,
+)
+def test_triton_gather_equals_reference_bit_for_bit(source, target, layout, pad, device):
+    for q, p, size in [(1, 8, (2, 8, 16)), (2, 3, (3, 7, 8)), (1, 1, (1, 1, 1)), (1, 16, (1, 17, 33))]:
+        pixels = LAYOUTS[layout](random_pixels(source, (1, *size, 3)).to(device))
+        ours, reference = (
+            tubelet_gather(pixels, tubelet=(q, p), pad=pad, dtype=target, impl=i) for i in ("triton", "reference")
+        )
+        assert ours.dtype == target and ours.is_contiguous() and torch.equal(ours, reference)
+
+
+@kernels
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first", "window"])
+@pytest.mark.parametrize(
+    ("q", "p", "size", "width"),
+    [(1, 4, (1, 8, 12), 1), (2, 4, (3, 5, 9), 65), (1, 8, (2, 16, 8), 64), (1, 4, (1, 28, 36), 63)],
+)
+@pytest.mark.parametrize(
+    ("source", "dtype"),
+    [
+        (torch.uint8, torch.float32), (torch.float32, torch.float16), (torch.uint8, torch.bfloat16),
+        (torch.float16, torch.float16), (torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_output_and_gradients(impl, source, dtype, q, p, size, width, layout, judge):
+    if impl == "triton" and DEVICES[-1] == "cpu" and torch.bfloat16 in (source, dtype):
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
+    device = DEVICES[-1] if impl == "triton" else "cpu"
+    pixels = LAYOUTS[layout](random_pixels(source, (1, *size, 3)).to(device))
+    elements = q * p * p * 3
+    weight = (torch.randn(width, elements, device=device) / elements**0.5).to(dtype)
+    bias = torch.randn(width, device=device).to(dtype)
+    seed = torch.randn(width, 1, device=device).to(dtype)
+
+    def run(impl, dtype):
+        leaves = [weight.to(dtype).requires_grad_(), bias.to(dtype).requires_grad_()]
+        x = pixels
+        if source != torch.uint8:
+            x = (pixels.double() if dtype == torch.float64 else pixels.detach()).requires_grad_()
+            leaves.append(x)
+        out = tubelet_embed(x, *leaves[:2], tubelet=(q, p), impl=impl)
+        gradient = seed.to(dtype).expand(width, out.shape[1]).mT[None]  # of strides 0 and 1
+        return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
+
+    for actual, baseline, oracle in zip(
+        run(impl, dtype), run("reference", dtype), run("reference", torch.float64), strict=True
+    ):
+        judge(actual, baseline, oracle)
+
+
+@needs_triton
+def test_large_tiles(monkeypatch, judge):
+    """The choice for many tokens, at and one beyond the edge of a block of 128."""
+    from vitok.kernels import tubelet_embed as kernel
+
+    monkeypatch.setattr(kernel, "tiles", lambda *_: kernel.LARGE)
+    weight = torch.randn(5, 48, device=DEVICES[-1]).half() / 7
+    for width in (512, 516):
+        pixels = random_pixels(shape=(1, 1, 4, width, 3)).to(DEVICES[-1])
+        judge(
+            tubelet_embed(pixels, weight, tubelet=(1, 4), impl="triton"),
+            tubelet_embed(pixels, weight, tubelet=(1, 4), impl="reference"),
+            tubelet_embed(pixels, weight.double(), tubelet=(1, 4), impl="reference"),
+        )
+
+
+@kernels
+def test_nothing_but_pixels_and_weight_is_kept_for_the_backward(impl):
+    pixels, weight = random_pixels(shape=(1, 1, 8, 8, 3)), torch.randn(3, 48, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        tubelet_embed(pixels, weight, torch.zeros(3), tubelet=(1, 4), impl=impl)
+    assert {x.data_ptr() for x in kept} == {pixels.data_ptr(), weight.data_ptr()}
+
+
+@pytest.mark.parametrize("impl", ["reference", NATIVE, TRITON])
+def test_autocast(impl):
+    pixels, weight, bias = random_pixels(), torch.randn(5, 96, requires_grad=True), torch.randn(5)
+    expected = tubelet_embed(pixels, weight.half(), bias.half(), tubelet=(2, 4), impl=impl)
+    with torch.autocast("cpu", torch.float16):
+        tokens = tubelet_embed(pixels, weight, bias, tubelet=(2, 4), impl=impl)
+    assert tokens.dtype == torch.float16 and torch.equal(tokens, expected)
+    tokens.sum().backward()
+    assert weight.grad.dtype == torch.float32
+
+
+@needs_native
+def test_the_same_bits_from_run_to_run_and_for_any_number_of_threads():
+    pixels, weight = random_pixels(shape=(2, 3, 37, 67, 3)), torch.randn(9, 384).bfloat16()
+    first = tubelet_gather(pixels, tubelet=(2, 8), dtype=torch.bfloat16, impl="native")
+    tokens = tubelet_embed(pixels, weight, tubelet=(2, 8), impl="native")
+    try:
+        for threads in (2, 3, 1, 2, 3, 1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            assert torch.equal(tubelet_gather(pixels, tubelet=(2, 8), dtype=torch.bfloat16, impl="native"), first)
+            assert threads > 1 or torch.equal(tubelet_embed(pixels, weight, tubelet=(2, 8), impl="native"), tokens)
+    finally:
+        torch.set_num_threads(1)
+
+
 @impls
 def test_embed_is_a_matrix_product(impl):
     pixels, weight, bias = random_pixels(), torch.randn(5, 2 * 16 * 3), torch.randn(5)
@@ -184,12 +297,44 @@ def test_unembed_of_embed_with_identity_weights_gives_the_pixels_back(size, q, p
     assert torch.equal(tubelet_unembed(tokens, identity, tubelet=(q, p), size=size).movedim(1, -1), pixels)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 5), st.integers(1, 20), st.integers(1, 20)),
+    q=st.integers(1, 3),
+    p=st.integers(1, 9),
+    layout=st.sampled_from(["channels_last", "channels_first"]),
+    dtype=st.sampled_from(TARGETS),
+)
+def test_bytes_come_back_exactly_in_every_dtype(size, q, p, layout, dtype):
+    pixels = LAYOUTS[layout](random_pixels(shape=(1, *size, 3)))
+    rows = tubelet_gather(pixels, tubelet=(q, p), dtype=dtype)
+    back = {"tubelet": (q, p), "size": size, "out_dtype": torch.uint8}
+    assert torch.equal(tubelet_scatter(rows, **back, layout="channels_last"), pixels)
+    identity = torch.eye(q * p * p * 3, dtype=dtype)
+    tokens = tubelet_embed(pixels, identity, tubelet=(q, p))
+    assert torch.equal(tubelet_unembed(tokens, identity, **back).movedim(1, -1), pixels)
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
+def test_bytes_come_back_exactly_through_triton(layout):
+    for q, p, size in [(1, 4, (1, 8, 12)), (2, 4, (3, 5, 9))]:
+        pixels = LAYOUTS[layout](random_pixels(shape=(1, *size, 3)).to(DEVICES[-1]))
+        identity = torch.eye(q * p * p * 3, dtype=torch.float16, device=DEVICES[-1])
+        tokens = tubelet_embed(pixels, identity, tubelet=(q, p), impl="triton")
+        back = {"tubelet": (q, p), "size": size, "out_dtype": torch.uint8, "impl": "triton"}
+        assert torch.equal(tubelet_unembed(tokens, identity, **back, layout="channels_last"), pixels)
+        assert torch.equal(tubelet_unembed(tokens, identity, **back).movedim(1, -1), pixels)
+
+
 @needs_native
 @pytest.mark.parametrize("source", [torch.uint8, torch.float32])
 def test_opcheck(source):
     for layout in ("channels_last", "channels_first"):
         pixels = LAYOUTS[layout](random_pixels(source))
         torch.library.opcheck(torch.ops.vitok.tubelet_gather, ("native", pixels, 2, 4, False, torch.bfloat16))
+    weight, bias = torch.randn(5, 96), torch.randn(5)
+    torch.library.opcheck(torch.ops.vitok.tubelet_embed_forward, ("native", pixels, weight, bias, 2, 4, False))
 
 
 def test_compiles_whole_with_one_graph_for_many_sizes():
@@ -232,6 +377,24 @@ def test_native_by_name_never_falls_back_and_auto_does(pixels, options, reason, 
         tubelet_gather(pixels, **arguments, impl="native")
     one_sentence(error.value, "'native'", reason)
     assert torch.equal(tubelet_gather(pixels, **arguments), tubelet_gather(pixels, **arguments, impl="reference"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(7, 47)}, "weight must be [width, 48] for tubelet (1, 4), got [7, 47]"),
+        ({"weight": torch.zeros(48)}, "weight must be [width, 48] for tubelet (1, 4), got [48]"),
+        ({"weight": torch.zeros(7, 48, dtype=torch.int8)}, "weight must be floating point, got torch.int8"),
+        ({"weight": torch.zeros(7, 48, device="meta")}, "weight must be on cpu as the input is, got one on meta"),
+        ({"bias": torch.zeros(6)}, "bias must be [7], got [6]"),
+        ({"impl": "cuda"}, "tubelet_embed has no implementation 'cuda'; it has native, triton, reference"),
+    ],
+)
+def test_bad_arguments_of_embed(change, message, one_sentence):
+    arguments = {"pixels": random_pixels(shape=(1, 1, 8, 8, 3)), "weight": torch.zeros(7, 48), "tubelet": (1, 4)}
+    with pytest.raises(InputError) as error:
+        tubelet_embed(**arguments | change)
+    one_sentence(error.value, message)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from vitok.ops.norm import add_norm, norm
 from vitok.ops.pixel_loss import pixel_loss
 from vitok.ops.qk_norm_rope import qk_norm_rope
 from vitok.ops.tubelet_embed import tubelet_embed, tubelet_gather
-from vitok.ops.tubelet_unembed import tubelet_unembed
+from vitok.ops.tubelet_unembed import tubelet_scatter, tubelet_unembed
 
 __all__ = [
     "Choice",
@@ -28,6 +28,7 @@ __all__ = [
     "qk_norm_rope",
     "tubelet_embed",
     "tubelet_gather",
+    "tubelet_scatter",
     "tubelet_unembed",
 ]
 

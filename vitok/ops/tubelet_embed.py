@@ -1,14 +1,13 @@
 """tubelet_embed: pixels to tokens. out[b, l] = W . normalise(tubelet l of clip b) + bias.
 
-Two steps. The gather reads the q x p x p x 3 pixels of every tubelet in any layout and dtype, maps uint8 to [-1, 1]
-and writes them as rows: no float image, no padded image and no permuted copy ever exist. A library matrix product
-follows; Conv3d with kernel = stride computes the same and is a known slow path. Source: ViTok (arXiv:2501.09755),
-section 2.
+The gather reads the q x p x p x 3 pixels of every tubelet in any layout and dtype and maps uint8 to [-1, 1]. The native
+implementation writes them as rows for a library matrix product, the Triton one multiplies whole tubelets as they come:
+no float image, no padded image and no permuted copy ever exist. Conv3d with kernel = stride computes the same and is a
+known slow path. Source: ViTok (arXiv:2501.09755), section 2.
 """
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
@@ -20,9 +19,20 @@ from vitok.errors import InputError
 from vitok.ops import _triton
 from vitok.ops._library import define
 from vitok.ops._registry import Implementation, Op
+from vitok.ops._tubelet import (
+    GATHER,
+    UINT8_SCALE,
+    UINT8_SHIFT,
+    autocast,
+    check_linear,
+    check_tubelet,
+    gather_backward,
+    grid,
+    native_refuses,
+    triton_refuses,
+)
 
 SOURCE_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-UINT8_SCALE, UINT8_SHIFT = 2.0 / 255.0, -1.0
 
 
 def tubelet_embed(
@@ -46,13 +56,19 @@ def tubelet_embed(
             mid-grey.
         impl: "auto", "native", "triton" or "reference".
 
-    Returns: tokens [B, ceil(T/q) * ceil(H/p) * ceil(W/p), width] in row-major (t, y, x) order, in the weight's dtype.
-    Differentiable in float pixels, weight and bias. Raises InputError for wrong shapes and dtypes.
+    Returns: tokens [B, ceil(T/q) * ceil(H/p) * ceil(W/p), width] in row-major (t, y, x) order, in the weight's dtype,
+    or autocast's where it is on. Differentiable in float pixels, weight and bias; the backward gathers the rows again
+    instead of keeping them. Raises InputError for wrong shapes, dtypes and devices.
 
     >>> tubelet_embed(torch.zeros(1, 1, 32, 32, 3, dtype=torch.uint8), torch.ones(8, 768), tubelet=(1, 16)).shape
     torch.Size([1, 4, 8])
     """
-    return F.linear(tubelet_gather(pixels, tubelet=tubelet, pad=pad, dtype=weight.dtype, impl=impl), weight, bias)
+    q, p = tubelet
+    _check(pixels, tubelet, pad)
+    check_linear(pixels, weight, bias, f"[width, {q * p * p * 3}] for tubelet {tubelet}", (None, q * p * p * 3))
+    weight = weight.to(autocast(weight))
+    bias = None if bias is None else bias.to(weight.dtype)
+    return _EMBED_OP(impl, pixels, weight, bias, q, p, pad == "zero")
 
 
 def tubelet_gather(
@@ -64,6 +80,11 @@ def tubelet_gather(
     impl: str = "auto",
 ) -> Tensor:
     """The first half of `tubelet_embed`: normalised tubelets as rows, [B, L, q * p * p * 3] in `dtype`."""
+    _check(pixels, tubelet, pad)
+    return _GATHER_OP(impl, pixels, *tubelet, pad == "zero", dtype)
+
+
+def _check(pixels: Tensor, tubelet: tuple[int, int], pad: str) -> None:
     if pixels.dim() != 5 or pixels.shape[-1] != 3:
         raise InputError(f"pixels must be [B, T, H, W, 3], got {list(pixels.shape)}")
     if pixels.dtype not in SOURCE_DTYPES:
@@ -72,13 +93,11 @@ def tubelet_gather(
         raise InputError(f"pixels must have at least one frame, row and column, got {list(pixels.shape)}")
     if pad not in ("edge", "zero"):
         raise InputError(f"pad must be 'edge' or 'zero', got {pad!r}")
-    if min(tubelet) < 1:
-        raise InputError(f"tubelet must be (frames, pixels), both at least 1, got {tubelet}")
-    return _OP(impl, pixels, *tubelet, pad == "zero", dtype)
+    check_tubelet(tubelet)
 
 
 def reference(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> Tensor:
-    """Eager composition; float64 when either side is."""
+    """Eager composition of the gather; float64 when either side is."""
     compute = torch.float64 if torch.float64 in (pixels.dtype, dtype) else torch.float32
     if pixels.dtype == torch.uint8:
         pixels = pixels.to(compute) * UINT8_SCALE + UINT8_SHIFT
@@ -96,81 +115,110 @@ def reference(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype
     return tubelets.flatten(4).flatten(1, 3).to(dtype)
 
 
-def _scatter(rows: Tensor, size: tuple[int, int, int], q: int, p: int, pad_zero: bool) -> Tensor:
-    """The transpose of the gather: gradients of rows [B, L, q * p * p * 3] summed into pixels [B, T, H, W, 3]."""
-    t, h, w = (math.ceil(n / step) for n, step in zip(size, (q, p, p), strict=True))
-    tubelets = rows.reshape(len(rows), t, h, w, q, p, p, 3).permute(0, 1, 4, 2, 5, 3, 6, 7)
-    pixels = tubelets.reshape(len(rows), t * q, h * p, w * p, 3)
-    for dim, n in enumerate(size, start=1):
-        kept, padding = pixels.narrow(dim, 0, n), pixels.narrow(dim, n, pixels.shape[dim] - n)
-        if padding.shape[dim] and not pad_zero:
-            kept = kept.clone()
-            kept.select(dim, n - 1).add_(padding.sum(dim))
-        pixels = kept
-    return pixels
-
-
-def _empty(impl: str, pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> Tensor:
-    batch, frames, height, width, colours = pixels.shape
-    tokens = (-(-frames // q)) * (-(-height // p)) * (-(-width // p))
-    return pixels.new_empty((batch, tokens, q * p * p * colours), dtype=dtype)
-
-
-def _gather(impl: str, pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> Tensor:
-    scale, shift = (UINT8_SCALE, UINT8_SHIFT) if pixels.dtype == torch.uint8 else (1.0, 0.0)
-    if impl == "triton":
-        from vitok.kernels import tubelet_gather as kernel
-
-        return kernel.tubelet_gather(pixels, q, p, pad_zero, dtype, scale, shift)
-    out = _empty(impl, pixels, q, p, pad_zero, dtype)
-    _native.run(
-        "tubelet_gather", pixels,
-        pixels.data_ptr(), _native.DTYPE[pixels.dtype], pixels.shape[:4], pixels.stride(), q, p, pad_zero,
-        out.data_ptr(), _native.DTYPE[dtype], scale, shift,
-    )  # fmt: skip
-    return out
-
-
-_GATHER = define(
-    "tubelet_gather(str impl, Tensor pixels, int q, int p, bool pad_zero, ScalarType dtype) -> Tensor", _gather, _empty
-)
+def embed_reference(pixels: Tensor, weight: Tensor, bias: Tensor | None, q: int, p: int, pad_zero: bool) -> Tensor:
+    """Eager composition of the whole op, in the weight's dtype."""
+    return F.linear(reference(pixels, q, p, pad_zero, weight.dtype), weight, bias)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, impl, pixels, q, p, pad_zero, dtype):  # type: ignore[no-untyped-def]
-        ctx.geometry = (tuple(pixels.shape[1:4]), q, p, pad_zero)
-        ctx.dtype = pixels.dtype
-        return _GATHER(impl, pixels, q, p, pad_zero, dtype)
+        ctx.save_for_backward(pixels)
+        ctx.arguments = (impl, q, p, pad_zero)
+        return GATHER(impl, pixels, q, p, pad_zero, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return None, _scatter(grad, *ctx.geometry).to(ctx.dtype), None, None, None, None
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        impl, q, p, pad_zero = ctx.arguments
+        return None, gather_backward(impl, gradient, ctx.saved_tensors[0], q, p, pad_zero), None, None, None, None
 
 
-def _run(impl: str, pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> Tensor:
-    gather = _Gather.apply if pixels.requires_grad else _GATHER
+def _run_gather(impl: str, pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> Tensor:
+    gather = _Gather.apply if pixels.requires_grad and torch.is_grad_enabled() else GATHER
     return gather(impl, pixels, q, p, pad_zero, dtype)
 
 
+def _embed_empty(
+    impl: str, pixels: Tensor, weight: Tensor, bias: Tensor | None, q: int, p: int, pad_zero: bool
+) -> Tensor:
+    t, y, x = grid((pixels.shape[1], pixels.shape[2], pixels.shape[3]), q, p)
+    return weight.new_empty((pixels.shape[0], t * y * x, weight.shape[0]))
+
+
+def _embed(impl: str, pixels: Tensor, weight: Tensor, bias: Tensor | None, q: int, p: int, pad_zero: bool) -> Tensor:
+    if impl == "triton":
+        from vitok.kernels import tubelet_embed as kernel
+
+        if kernel.fits(pixels, q, p):
+            return kernel.tubelet_embed(pixels, weight, bias, q, p, UINT8_SCALE, UINT8_SHIFT)
+    return F.linear(GATHER(impl, pixels, q, p, pad_zero, weight.dtype), weight, bias)
+
+
+_FORWARD = define(
+    "tubelet_embed_forward(str impl, Tensor pixels, Tensor weight, Tensor? bias, int q, int p, bool pad_zero)"
+    " -> Tensor",
+    _embed,
+    _embed_empty,
+)
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, impl, pixels, weight, bias, q, p, pad_zero):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(pixels, weight)
+        ctx.arguments = (impl, q, p, pad_zero)
+        return _FORWARD(impl, pixels, weight, bias, q, p, pad_zero)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        pixels, weight = ctx.saved_tensors
+        impl, q, p, pad_zero = ctx.arguments
+        of_pixels = of_weight = of_bias = None
+        if ctx.needs_input_grad[1]:
+            of_pixels = gather_backward(impl, gradient @ weight, pixels, q, p, pad_zero)
+        if ctx.needs_input_grad[2]:
+            rows = GATHER(impl, pixels, q, p, pad_zero, weight.dtype)
+            of_weight = gradient.flatten(0, 1).mT @ rows.flatten(0, 1)
+        if ctx.needs_input_grad[3]:
+            of_bias = gradient.sum((0, 1))
+        return None, of_pixels, of_weight, of_bias, None, None, None
+
+
+def _run_embed(
+    impl: str, pixels: Tensor, weight: Tensor, bias: Tensor | None, q: int, p: int, pad_zero: bool
+) -> Tensor:
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (pixels, weight, bias))
+    return (_Embed.apply if wanted else _FORWARD)(impl, pixels, weight, bias, q, p, pad_zero)
+
+
 def _native_refuses(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> str:
-    if (pixels.dtype == torch.float64) != (dtype == torch.float64):
-        return f"it does not convert {pixels.dtype} to {dtype}"
-    if p > 256:
-        return f"patches have at most 256 pixels a side, got {p}"
-    return _native.refuses(pixels)
+    return native_refuses(pixels, p, dtype)
 
 
 def _triton_refuses(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> str:
-    if torch.float64 in (pixels.dtype, dtype):
-        return "it computes in float32"
-    return _triton.refuses(pixels)
+    return triton_refuses(pixels, dtype)
 
 
-_OP = Op(
+def _native_embed_refuses(pixels: Tensor, weight: Tensor, bias: Tensor | None, q: int, p: int, pad_zero: bool) -> str:
+    return native_refuses(pixels, p, weight.dtype, weight)
+
+
+def _triton_embed_refuses(pixels: Tensor, weight: Tensor, bias: Tensor | None, q: int, p: int, pad_zero: bool) -> str:
+    return triton_refuses(pixels, weight.dtype)
+
+
+_EMBED_OP = Op(
     "tubelet_embed",
-    Implementation("native", partial(_run, "native"), missing=_native.reason(), refuses=_native_refuses),
-    Implementation("triton", partial(_run, "triton"), missing=_triton.MISSING, refuses=_triton_refuses),
+    Implementation("native", partial(_run_embed, "native"), missing=_native.reason(), refuses=_native_embed_refuses),
+    Implementation("triton", partial(_run_embed, "triton"), missing=_triton.MISSING, refuses=_triton_embed_refuses),
+    Implementation("reference", embed_reference),
+)
+
+_GATHER_OP = Op(
+    "tubelet_gather",
+    Implementation("native", partial(_run_gather, "native"), missing=_native.reason(), refuses=_native_refuses),
+    Implementation("triton", partial(_run_gather, "triton"), missing=_triton.MISSING, refuses=_triton_refuses),
     Implementation("reference", reference),
 )

@@ -1,17 +1,35 @@
 """tubelet_unembed: tokens to pixels. tubelet l of clip b = W . tokens[b, l] + bias, written into the clip and cropped.
 
-The transposed convolution with kernel = stride of ViTok (arXiv:2501.09755), section 2, as one matrix product.
+The transposed convolution with kernel = stride of ViTok (arXiv:2501.09755), section 2. The native implementation is a
+library matrix product and one scatter of its rows into the clip; the Triton one writes the product into the clip.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitok import _native
 from vitok.errors import InputError
+from vitok.ops import _triton
+from vitok.ops._library import define
 from vitok.ops._registry import Implementation, Op
+from vitok.ops._tubelet import (
+    SCATTER,
+    autocast,
+    check_linear,
+    check_tubelet,
+    grid,
+    native_refuses,
+    scatter_backward,
+    triton_refuses,
+)
+
+LAYOUTS = ("channels_first", "channels_last")
 
 
 def tubelet_unembed(
@@ -21,6 +39,8 @@ def tubelet_unembed(
     *,
     tubelet: tuple[int, int],
     size: tuple[int, int, int],
+    out_dtype: torch.dtype | None = None,
+    layout: str = "channels_first",
     impl: str = "auto",
 ) -> Tensor:
     """Turn every token back into its tubelet of pixels.
@@ -31,19 +51,78 @@ def tubelet_unembed(
         bias: [q * p * p * 3], or [3] for one bias a colour, or None.
         tubelet: (q, p).
         size: (T, H, W) of the clip; what the tubelets hold beyond it is cropped.
-        impl: "auto" or "reference".
+        out_dtype: None for the tokens' dtype (autocast's where it is on), or torch.uint8: clamped to [-1, 1], mapped to
+            0..255 and rounded, ties to even; NaN gives 0. Bytes have no gradient.
+        layout: "channels_first" or "channels_last".
+        impl: "auto", "native", "triton" or "reference".
 
-    Returns: pixels [B, 3, T, H, W], contiguous, in the tokens' dtype, no activation. Differentiable in all tensors.
-    Raises InputError when L does not fit the size.
+    Returns: contiguous pixels [B, 3, T, H, W], or [B, T, H, W, 3] channels-last, no activation. Differentiable in all
+    tensors unless they are bytes. Weight and bias are taken in the tokens' dtype. Raises InputError when shapes, dtypes
+    or devices do not fit.
 
     >>> tubelet_unembed(torch.zeros(1, 4, 8), torch.ones(768, 8), tubelet=(1, 16), size=(1, 30, 32)).shape
     torch.Size([1, 3, 1, 30, 32])
     """
     q, p = tubelet
-    grid = tuple(math.ceil(n / step) for n, step in zip(size, (q, p, p), strict=True))
-    if tokens.dim() != 3 or tokens.shape[1] != math.prod(grid):
-        raise InputError(f"tokens must be [B, {math.prod(grid)}, width] for size {size}, got {list(tokens.shape)}")
-    return _OP(impl, tokens, weight, bias, q, p, grid, size)
+    _check("tokens", "width", tokens, tubelet, size, out_dtype, layout)
+    if bias is not None and bias.shape == (3,):
+        bias = bias.repeat(q * p * p)
+    wanted = f"[{q * p * p * 3}, {tokens.shape[2]}] for tubelet {tubelet}"
+    check_linear(tokens, weight, bias, wanted, (q * p * p * 3, tokens.shape[2]))
+    if out_dtype == torch.uint8:
+        tokens, weight, bias = tokens.detach(), weight.detach(), None if bias is None else bias.detach()
+    dtype = autocast(tokens)
+    tokens, weight, bias = tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _UNEMBED_OP(impl, tokens, weight, bias, q, p, tuple(size), out_dtype or dtype, layout == "channels_last")
+
+
+def tubelet_scatter(
+    rows: Tensor,
+    *,
+    tubelet: tuple[int, int],
+    size: tuple[int, int, int],
+    out_dtype: torch.dtype | None = None,
+    layout: str = "channels_first",
+    impl: str = "auto",
+) -> Tensor:
+    """The second half of `tubelet_unembed`: rows [B, L, q * p * p * 3], any strides, written into clips and cropped.
+
+    `tubelet_gather` undoes it. Arguments, result and errors are those of `tubelet_unembed`.
+
+    >>> tubelet_scatter(torch.zeros(1, 4, 768), tubelet=(1, 16), size=(1, 30, 32), layout="channels_last").shape
+    torch.Size([1, 1, 30, 32, 3])
+    """
+    q, p = tubelet
+    _check("rows", str(q * p * p * 3), rows, tubelet, size, out_dtype, layout)
+    if rows.shape[2] != q * p * p * 3:
+        raise InputError(f"rows must be [B, L, {q * p * p * 3}] for tubelet {tubelet}, got {list(rows.shape)}")
+    return _SCATTER_OP(impl, rows, q, p, tuple(size), out_dtype or rows.dtype, layout == "channels_last")
+
+
+def _check(
+    name: str,
+    width: str,
+    x: Tensor,
+    tubelet: tuple[int, int],
+    size: tuple[int, int, int],
+    out_dtype: torch.dtype | None,
+    layout: str,
+) -> None:
+    check_tubelet(tubelet)
+    if len(size) != 3 or min(size) < 1:
+        raise InputError(f"size must be (T, H, W), each at least 1, got {tuple(size)}")
+    count = math.prod(grid(size, *tubelet))
+    if x.dim() != 3 or x.shape[1] != count:
+        raise InputError(f"{name} must be [B, {count}, {width}] for size {size}, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise InputError(f"{name} must be floating point, got {x.dtype}")
+    if out_dtype not in (None, torch.uint8):
+        raise InputError(f"out_dtype must be None or torch.uint8, got {out_dtype}")
+    if layout not in LAYOUTS:
+        raise InputError(f"layout must be 'channels_first' or 'channels_last', got {layout!r}")
+
+
+Size = tuple[int, int, int]
 
 
 def reference(
@@ -52,14 +131,158 @@ def reference(
     bias: Tensor | None,
     q: int,
     p: int,
-    grid: tuple[int, int, int],
-    size: tuple[int, int, int],
+    size: Size,
+    dtype: torch.dtype,
+    channels_last: bool,
 ) -> Tensor:
-    if bias is not None and bias.numel() == 3:
-        bias = bias.repeat(q * p * p)
-    tubelets = F.linear(tokens, weight, bias).reshape(len(tokens), *grid, q, p, p, 3)
-    pixels = tubelets.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(len(tokens), 3, grid[0] * q, grid[1] * p, grid[2] * p)
-    return pixels[:, :, : size[0], : size[1], : size[2]].contiguous()
+    """Eager composition: linear, permute, crop and, for uint8, round."""
+    return scatter_reference(F.linear(tokens, weight, bias), q, p, size, dtype, channels_last)
 
 
-_OP = Op("tubelet_unembed", Implementation("reference", reference))
+def scatter_reference(rows: Tensor, q: int, p: int, size: Size, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    t, y, x = grid(size, q, p)
+    tubelets = rows.reshape(rows.shape[0], t, y, x, q, p, p, 3).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    pixels = tubelets.reshape(rows.shape[0], t * q, y * p, x * p, 3)[:, : size[0], : size[1], : size[2]]
+    if dtype == torch.uint8:
+        pixels = pixels.detach().float().clamp(-1, 1).add(1).mul(127.5).round().nan_to_num(0.0).to(torch.uint8)
+    return (pixels if channels_last else pixels.permute(0, 4, 1, 2, 3)).contiguous()
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, impl, rows, q, p, size, dtype, channels_last):  # type: ignore[no-untyped-def]
+        ctx.arguments = (impl, q, p, dtype, channels_last)
+        return SCATTER(impl, rows, q, p, size, False, dtype, channels_last)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        impl, q, p, dtype, channels_last = ctx.arguments
+        return None, scatter_backward(impl, gradient, q, p, dtype, channels_last), None, None, None, None, None
+
+
+def _run_scatter(
+    impl: str, rows: Tensor, q: int, p: int, size: Size, dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    if dtype != torch.uint8 and rows.requires_grad and torch.is_grad_enabled():
+        pixels: Tensor = _Scatter.apply(impl, rows, q, p, size, dtype, channels_last)
+        return pixels
+    scattered: Tensor = SCATTER(impl, rows.detach(), q, p, size, False, dtype, channels_last)
+    return scattered
+
+
+def _empty(
+    impl: str,
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    q: int,
+    p: int,
+    size: list[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    return tokens.new_empty((tokens.shape[0], *size, 3) if channels_last else (tokens.shape[0], 3, *size), dtype=dtype)
+
+
+def _unembed(
+    impl: str,
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    q: int,
+    p: int,
+    size: list[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    if impl == "triton":
+        from vitok.kernels import tubelet_unembed as kernel
+
+        frames, height, width = size
+        return kernel.tubelet_unembed(tokens, weight, bias, q, p, (frames, height, width), dtype, channels_last)
+    pixels: Tensor = SCATTER(impl, F.linear(tokens, weight, bias), q, p, size, False, dtype, channels_last)
+    return pixels
+
+
+_FORWARD = define(
+    "tubelet_unembed_forward(str impl, Tensor tokens, Tensor weight, Tensor? bias, int q, int p, SymInt[] size,"
+    " ScalarType dtype, bool channels_last) -> Tensor",
+    _unembed,
+    _empty,
+)
+
+
+class _Unembed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, impl, tokens, weight, bias, q, p, size, dtype, channels_last):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(tokens, weight)
+        ctx.arguments = (q, p, dtype, channels_last)
+        ctx.impl = impl
+        return _FORWARD(impl, tokens, weight, bias, q, p, size, dtype, channels_last)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        tokens, weight = ctx.saved_tensors
+        rows = scatter_backward(ctx.impl, gradient, *ctx.arguments)
+        of_tokens = of_weight = of_bias = None
+        if ctx.needs_input_grad[1]:
+            of_tokens = rows @ weight
+        if ctx.needs_input_grad[2]:
+            of_weight = rows.flatten(0, 1).mT @ tokens.flatten(0, 1)
+        if ctx.needs_input_grad[3]:
+            of_bias = rows.sum((0, 1))
+        return None, of_tokens, of_weight, of_bias, None, None, None, None, None
+
+
+def _run_unembed(
+    impl: str,
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    q: int,
+    p: int,
+    size: Size,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (tokens, weight, bias))
+    run = _Unembed.apply if wanted else _FORWARD
+    pixels: Tensor = run(impl, tokens, weight, bias, q, p, size, dtype, channels_last)
+    return pixels
+
+
+_UNEMBED_OP = Op(
+    "tubelet_unembed",
+    Implementation(
+        "native",
+        partial(_run_unembed, "native"),
+        missing=_native.reason(),
+        refuses=lambda tokens, weight, bias, q, p, size, dtype, last: native_refuses(tokens, p, dtype),
+    ),
+    Implementation(
+        "triton",
+        partial(_run_unembed, "triton"),
+        missing=_triton.MISSING,
+        refuses=lambda tokens, *_: triton_refuses(tokens),
+    ),
+    Implementation("reference", reference),
+)
+
+_SCATTER_OP = Op(
+    "tubelet_scatter",
+    Implementation(
+        "native",
+        partial(_run_scatter, "native"),
+        missing=_native.reason(),
+        refuses=lambda rows, q, p, size, dtype, last: native_refuses(rows, p, dtype),
+    ),
+    Implementation(
+        "triton",
+        partial(_run_scatter, "triton"),
+        missing=_triton.MISSING,
+        refuses=lambda rows, *_: triton_refuses(rows),
+    ),
+    Implementation("reference", scatter_reference),
+)
