@@ -37,7 +37,7 @@ class TubeletUnembed(nn.Module):
 
 
 class Norm(nn.Module):
-    """Layer norm (weight and bias) or RMS norm (weight)."""
+    """Layer norm (weight and bias) or RMS norm (weight), of a residual stream that a branch may still have to join."""
 
     def __init__(self, width: int, kind: str, eps: float) -> None:
         super().__init__()
@@ -45,8 +45,12 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if kind == "layer" else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps)
+    def forward(self, x: Tensor, branch: Branch | None = None) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, sum) for the sum of x and the branch, which is x alone when there is none."""
+        if branch is None:
+            return ops.norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps), x
+        out, scale = branch
+        return ops.add_norm(out, x, self.weight, self.bias, scale=scale, kind=self.kind, eps=self.eps)
 
 
 class Attention(nn.Module):
@@ -62,8 +66,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        qkv = ops.qk_norm_rope(qkv, self.q_norm, self.k_norm, rope, eps=self.eps)
-        return self.proj(ops.attention(qkv).flatten(-2))
+        return self.proj(ops.attention(qkv, self.q_norm, self.k_norm, rope, eps=self.eps).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -79,6 +82,11 @@ class FeedForward(nn.Module):
         return self.down(ops.gated_mlp_act(self.gate_up(x), gate=self.gate))
 
 
+# What a block hands on: its last branch and the branch's LayerScale, not yet added to the residual stream, so that the
+# addition is one pass with the norm that follows, in the next block.
+Branch = tuple[Tensor, Tensor | None]
+
+
 class SerialBlock(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
@@ -91,9 +99,10 @@ class SerialBlock(nn.Module):
         self.feed_forward = FeedForward(config, stack)
         self.feed_forward_scale = _layer_scale(config, stack)
 
-    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
-        x = x + _scaled(self.attention(self.attention_norm(x), rope), self.attention_scale)
-        return x + _scaled(self.feed_forward(self.feed_forward_norm(x)), self.feed_forward_scale)
+    def forward(self, x: Tensor, branch: Branch | None, rope: Tensor | None) -> tuple[Tensor, Branch]:
+        h, x = self.attention_norm(x, branch)
+        h, x = self.feed_forward_norm(x, (self.attention(h, rope), self.attention_scale))
+        return x, (self.feed_forward(h), self.feed_forward_scale)
 
 
 class ParallelBlock(nn.Module):
@@ -106,9 +115,9 @@ class ParallelBlock(nn.Module):
         self.feed_forward = FeedForward(config, stack)
         self.scale = _layer_scale(config, stack)
 
-    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
-        h = self.norm(x)
-        return x + _scaled(self.attention(h, rope) + self.feed_forward(h), self.scale)
+    def forward(self, x: Tensor, branch: Branch | None, rope: Tensor | None) -> tuple[Tensor, Branch]:
+        h, x = self.norm(x, branch)
+        return x, (self.attention(h, rope) + self.feed_forward(h), self.scale)
 
 
 class Stack(nn.Module):
@@ -119,16 +128,19 @@ class Stack(nn.Module):
         self.config, self.stack = config, stack
         block = SerialBlock if config.block == "serial" else ParallelBlock
         self.blocks = nn.ModuleList(block(config, stack) for _ in range(stack.depth))
-        self.norm = Norm(stack.width, config.norm, config.norm_eps) if config.final_norm else nn.Identity()
+        self.norm = Norm(stack.width, config.norm, config.norm_eps) if config.final_norm else None
 
     def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         coords = coordinates(grid, x.device)
         rope = rope_table(coords, grid, self.stack.head_dim, self.config.rope, self.config.rope_theta)
         if self.config.absolute == "sincos":
             x = x + sincos_table(coords, self.stack.width).to(x.dtype)
+        branch = None
         for block in self.blocks:
-            x = block(x, rope)
-        return self.norm(x)
+            x, branch = block(x, branch, rope)
+        if self.norm is not None:
+            return self.norm(x, branch)[0]
+        return x if branch is None else x + _scaled(*branch)
 
 
 def _layer_scale(config: ViTokConfig, stack: StackConfig) -> nn.Parameter | None:
