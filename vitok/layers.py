@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vitok import ops
 from vitok.config import StackConfig, ViTokConfig
@@ -34,6 +35,11 @@ class TubeletUnembed(nn.Module):
 
     def forward(self, tokens: Tensor, size: tuple[int, int, int]) -> Tensor:
         return ops.tubelet_unembed(tokens, self.weight, self.bias, tubelet=self.tubelet, size=size)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """The pixels as rows [B, L, q * p * p * 3], a tubelet each."""
+        bias = self.bias if len(self.bias) == len(self.weight) else self.bias.repeat(len(self.weight) // 3)
+        return F.linear(tokens, self.weight, bias)
 
 
 class Norm(nn.Module):

@@ -38,8 +38,12 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
         """Latents [B, c, t, h, w] to pixels [B, 3, T, H, W] for size (T, H, W)."""
+        return self.unembed(self.tokens(latents), size)
+
+    def tokens(self, latents: Tensor) -> Tensor:
+        """Latents [B, c, t, h, w] to the tokens [B, L, width] that pixels are made of."""
         tokens = self.from_latents(latents.flatten(2).transpose(1, 2))
-        return self.unembed(self.stack(tokens, tuple(latents.shape[2:])), size)
+        return self.stack(tokens, tuple(latents.shape[2:]))
 
 
 class ViTok(nn.Module):
@@ -125,6 +129,12 @@ class ViTok(nn.Module):
             )
         pixels = self.decoder(latents, full)
         return pixels.squeeze(2) if image else pixels
+
+    def decode_patches(self, latents: Tensor) -> Tensor:
+        """Decode latents, as in `decode`, to patch rows [B, L, q * p * p * 3] for `vitok.ops.pixel_loss`: training needs no
+        picture. Elements are in (frame, row, column, colour) order."""
+        latents = (latents.unsqueeze(2) if latents.dim() == 4 else latents).to(self.device, self.dtype)
+        return self.decoder.unembed.rows(self.decoder.tokens(latents))
 
     def forward(self, pixels: Tensor, *, seed: int | None = None, layout: str = "auto") -> tuple[Tensor, Posterior]:
         """Reconstruction (of a sample while training, of the mode otherwise) and posterior, for losses."""

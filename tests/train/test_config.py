@@ -58,7 +58,7 @@ def test_every_field_is_documented_and_defaults_stand():
         ({"short_side": [25, 30.5]}, "'short_side' must be tuple[int, int], got [25, 30.5]"),
         ({"short_side": [30, 25]}, "'short_side' must be (smallest, largest), got (30, 25)"),
         ({"groups": "("}, "'groups' must be a regular expression"),
-        ({"pixel_loss": "l3"}, "'pixel_loss' must be one of l2, l1, log_l2, got 'l3'"),
+        ({"pixel_loss": "l3"}, "'pixel_loss' must be one of l2, l1, charbonnier, log_l2, got 'l3'"),
         ({"precision": "fp16"}, "'precision' must be one of auto, bf16, fp32"),
         ({"model": 16}, "'model' must be str, got 16"),
         ({"overrides": ["rope"]}, "'overrides' must be dict"),

@@ -50,7 +50,8 @@ class TrainConfig:
     groups: str = ""
     """Regular expression on file names; pictures with the same match form a group, and groups are drawn evenly."""
     pixel_loss: str = "l2"
-    """"l2" (mean squared error), "l1", or "log_l2" (the mean over pictures of log MSE: PSNR, up to a factor)."""
+    """"l2" (mean squared error), "l1", "charbonnier", or "log_l2" (the mean over pictures of log MSE: PSNR, up to a
+    factor)."""
     beta: float = 1e-3
     """Weight of the KL divergence (mean over tokens and channels)."""
     learning_rate: float = 1e-4
@@ -76,7 +77,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("pixel_loss", ("l2", "l1", "log_l2")), ("precision", ("auto", "bf16", "fp32")),
+            ("pixel_loss", ("l2", "l1", "charbonnier", "log_l2")), ("precision", ("auto", "bf16", "fp32")),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise InputError(

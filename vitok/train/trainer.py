@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vitok import ops
 from vitok.checkpoint import create_model, load
 from vitok.data.images import ImageCrops
 from vitok.errors import InputError
 from vitok.evaluate.pca import PCA_CROPS, fit_pca
 from vitok.io.files import atomic_path
-from vitok.ops.tubelet_embed import UINT8_SCALE, UINT8_SHIFT
 from vitok.train.config import TrainConfig
 from vitok.train.init import init_from_pca
 from vitok.train.losses import pixel_loss
@@ -95,10 +95,11 @@ class Trainer:
         config = self.config
         self.model.train()
         batch = batch.to(self.device, non_blocking=True)
-        target = (batch.float() * UINT8_SCALE + UINT8_SHIFT).movedim(-1, 1)
+        target, tubelet = batch.unsqueeze(1), self.model.config.tubelet
         with self.autocast:
-            reconstruction, posterior = self.model(batch, seed=(config.seed << 32) + step, layout="channels_last")
-        distance = pixel_loss(reconstruction.float(), target, config.pixel_loss)
+            posterior = self.model.encode(batch, layout="channels_last")
+            patches = self.model.decode_patches(posterior.sample((config.seed << 32) + step))
+        distance = pixel_loss(patches, target, tubelet, config.pixel_loss)
         kl = posterior.kl().float().mean()
         loss = distance + config.beta * kl
         rate = learning_rate(config, step)
@@ -111,7 +112,7 @@ class Trainer:
             raise InputError(f"the gradient is not finite at step {step}; lower learning_rate or check the data")
         self.optimizer.step()
         self._update_average(step)
-        mse = (reconstruction.detach().float().clamp(-1, 1) - target).square().flatten(1).mean(1)
+        mse = ops.pixel_loss(patches.detach().clamp(-1, 1), target, tubelet=tubelet, kind="l2")
         psnr = (10 * torch.log10(4 / mse.clamp(min=1e-10))).mean()
         return {
             "loss": loss.item(),

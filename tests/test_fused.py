@@ -1,0 +1,166 @@
+"""The model on its kernels: every implementation in turn, training beside the reference, compiled, deterministic, lean."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import vitok
+from vitok import _native, ops
+from vitok.ops._registry import OPS
+
+needs_native = pytest.mark.skipif(_native.library() is None, reason=f"no native library: {_native.reason()}")
+
+
+@contextmanager
+def only(impl: str) -> Iterator[None]:
+    """Within it "auto" tries `impl` first, as VITOK_IMPL does for a whole process."""
+    before = {op: op.orders for op in OPS.values()}
+    for op, orders in before.items():
+        if impl in op.implementations:
+            op.orders = {key: (op.implementations[impl], *order) for key, order in orders.items()}
+    try:
+        yield
+    finally:
+        for op, orders in before.items():
+            op.orders = orders
+
+
+def step(model: vitok.ViTok, pictures: Tensor, seed: int) -> Tensor:
+    posterior = model.encode(pictures)
+    patches = model.decode_patches(posterior.sample(seed))
+    clip = pictures.movedim(1, -1).unsqueeze(1)
+    distance = ops.pixel_loss(patches, clip, tubelet=model.config.tubelet, kind="l2").mean()
+    return distance + 1e-3 * posterior.kl().mean()
+
+
+def train(model: vitok.ViTok, pictures: Tensor, steps: int) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for i in range(steps):
+        loss = step(model.train(), pictures, seed=i)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@needs_native
+@pytest.mark.parametrize("steps", [5, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("preset", ["paper", "v2"])
+def test_training_follows_the_reference(tiny, pixels, preset, steps):
+    model, pictures = tiny(preset=preset, bottleneck="gaussian"), pixels(2, 3, 24, 20)
+    other = copy.deepcopy(model)
+    with only("reference"):
+        expected = train(model, pictures, steps)
+    with only("native"):
+        actual = train(other, pictures, steps)
+    assert expected[-1] < 0.9 * expected[0]
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=1e-3, atol=1e-5)
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert (ours - theirs).norm() <= 2e-2 * theirs.norm() + 1e-4
+
+
+@needs_native
+def test_the_backward_pass_has_the_same_bits_every_time(tiny, pixels):
+    model, pictures = tiny().train(), pixels(2, 3, 24, 20)
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = None
+        for count in (1, 2, 2, 1):
+            torch.set_num_threads(count)
+            model.zero_grad()
+            step(model, pictures, seed=0).backward()
+            gradients = [parameter.grad.clone() for parameter in model.parameters()]
+            first = first or gradients
+            if count == 1:  # a library matrix product may split its sums by threads; our kernels may not
+                assert all(map(torch.equal, gradients, first))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+
+
+def saved_bytes(call: Callable[[], Tensor]) -> int:
+    """What one forward pass keeps for its backward, parameters left out, shared storage counted once."""
+    storages: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if not (x.is_leaf and x.requires_grad):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        call()
+    return sum(storages.values())
+
+
+@needs_native
+@pytest.mark.parametrize("preset", ["paper", "author-v1", "v2"])
+def test_training_keeps_less(tiny, pixels, preset):
+    model, pictures = tiny(preset=preset, bottleneck="gaussian").train(), pixels(2, 3, 64, 64)
+    kept = {}
+    for impl in ("native", "reference"):
+        with only(impl):
+            kept[impl] = saved_bytes(lambda: step(model, pictures, seed=0))
+    print(preset, kept)
+    assert kept["native"] < 0.65 * kept["reference"]
+
+
+def test_compiles_whole_without_recompiling(tiny, pixels):
+    """encode, decode and a training step, each one graph for any batch size."""
+    torch.compiler.reset()
+    model = tiny().train()
+
+    def encode(pictures: Tensor) -> Tensor:
+        return model.encode(pictures).mean
+
+    def decode(latents: Tensor) -> Tensor:
+        return model.decode(latents)
+
+    def training(pictures: Tensor) -> Tensor:
+        return step(model, pictures, seed=3)
+
+    for call, make in (
+        (encode, lambda n: pixels(n, 3, 24, 20)),
+        (decode, lambda n: torch.randn(n, 4, 3, 3)),
+        (training, lambda n: pixels(n, 3, 24, 20)),
+    ):
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+        for batch in (2, 3, 5):
+            x = make(batch)
+            torch.testing.assert_close(compiled(x), call(x), rtol=1e-4, atol=1e-4)
+        assert counter.frame_count == 1, call.__name__
+    model.zero_grad()
+    loss = torch.compile(training, fullgraph=True, backend="aot_eager")(pixels(2, 3, 24, 20))
+    loss.backward()
+    compiled_gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    training(pixels(2, 3, 24, 20)).backward()
+    for ours, parameter in zip(compiled_gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "impl", ["reference", "native", "sdpa:math", pytest.param("triton", marks=pytest.mark.long)]
+)
+def test_the_models_own_tests_pass_on_every_implementation(impl):
+    if impl == "native" and _native.library() is None:
+        pytest.skip(f"no native library: {_native.reason()}")
+    tests = Path(__file__).with_name("test_model.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib", str(tests)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=1200, env={**os.environ, "VITOK_IMPL": impl}, cwd=tests.parent
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
