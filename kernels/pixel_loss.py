@@ -64,7 +64,11 @@ def _difference(
     t = lt * Q + e // (3 * P * P) % Q
     lx = e // (3 * P * P * Q)
     x = lx * P + within // 3
-    inside = (e < row_elements) & (t < frames) & (y < height) & (x < width)
+    real = e < row_elements
+    # What lies beyond the clip is read at its edge and dropped later: a mask of many parts would split the loads.
+    inside = real & (t < frames) & (y < height) & (x < width)
+    t = tl.minimum(t, frames - 1)
+    y = tl.minimum(y, height - 1)
 
     tokens = row_elements // (3 * P * P * Q)
     first = (token_row % (rows_t * rows_y)).to(tl.int64) * tokens
@@ -75,9 +79,11 @@ def _difference(
     else:
         of_token = e - lx * (3 * P * P * Q)
         prediction_offset = b * prediction_stride_b + (first + lx) * prediction_stride_l + of_token
-        target_offset += x.to(tl.int64) * target_stride_x + (within % 3).to(tl.int64) * target_stride_c
-    prediction = tl.load(prediction_ptr + prediction_offset, mask=inside, other=0.0).to(tl.float32)
-    target = tl.load(target_ptr + target_offset, mask=inside, other=0).to(tl.float32)
+        target_offset += (
+            tl.minimum(x, width - 1).to(tl.int64) * target_stride_x + (within % 3).to(tl.int64) * target_stride_c
+        )
+    prediction = tl.load(prediction_ptr + prediction_offset, mask=real, other=0.0).to(tl.float32)
+    target = tl.load(target_ptr + target_offset, mask=real, other=0).to(tl.float32)
     return prediction - (target * scale + shift), inside, e
 
 

@@ -134,7 +134,7 @@ def test_native_for_every_pair_of_types(device, dtype, target_dtype, judge):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_triton(device, dtype, kind, judge):
-    for tubelet, size in CASES:
+    for tubelet, size in CASES if kind == "charbonnier" else CASES[3:5]:
         check(judge, "triton", tubelet, kind, *make(tubelet, size, dtype, device=device))
     check(judge, "triton", (1, 16), kind, *make((1, 16), (1, 16, 64), dtype, torch.float32, device=device))
 
