@@ -301,7 +301,7 @@ def test_compiles_whole_with_one_graph_for_many_sizes_and_seeds():
         return z.square().mean() + kl.mean() + logvar.mean()
 
     compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=True)
-    for i, (batch, tokens) in enumerate([(2, 7), (3, 11), (4, 30)]):
+    for i, (batch, tokens) in enumerate([(2, 7), (3, 11), (4, 31)]):  # the reference pads 4n elements apart
         x, seed = torch.randn(batch, tokens, 20), torch.tensor(i)
         torch.testing.assert_close(compiled(x, seed), loss(x, seed))
     assert len(graphs) == 1
