@@ -114,14 +114,15 @@ def tubelet_embed_forward_kernel(
 
 
 def fits(pixels: torch.Tensor, q: int, p: int) -> bool:
-    """Whether the kernel takes these pixels: whole tubelets, interleaved colours or planes, loads of 4 bytes or more.
+    """Whether the kernel takes these pixels: whole tubelets, interleaved colours or planes, wide loads.
 
     Otherwise the left operand would be loaded byte by byte, again for every block of features: the gather is better.
     """
     _, frames, height, width, _ = pixels.shape
     whole = frames % q == 0 and height % p == 0 and width % p == 0
     interleaved = pixels.stride(3) == 3 and pixels.stride(4) == 1
-    return whole and p % 4 == 0 and (interleaved or _planes(pixels))
+    aligned = all(stride % 16 == 0 for stride in (*pixels.stride()[:3], 16 if interleaved else pixels.stride(4)))
+    return whole and aligned and (p == 4 or p % 8 == 0) and (interleaved or _planes(pixels))
 
 
 def _planes(pixels: torch.Tensor) -> bool:
