@@ -261,8 +261,8 @@ def _triton_refuses(
             return f"it computes in float32, {name} is torch.float64"
     if qkv.shape[-1] % 8 or qkv.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {qkv.shape[-1]}"
-    if qkv.shape[1] > FAR:
-        return f"it takes at most {FAR} tokens, got {qkv.shape[1]}"
+    if qkv.shape[1] >= FAR:
+        return f"it takes fewer than {FAR} tokens, got {qkv.shape[1]}"
     return _triton.refuses(qkv)
 
 
