@@ -391,7 +391,6 @@ def backward(
     )
     if changed:
         gradients = rotate_backward(dqkv, qkv, q_weight, k_weight, table, eps)
-        return dqkv, *(
-            g.new_empty((0,)) if w is None else g.to(w.dtype) for g, w in zip(gradients, weights, strict=True)
-        )
+        if q_weight is not None:
+            return dqkv, gradients[0].to(q_weight.dtype), gradients[1].to(k_weight.dtype)
     return dqkv, qkv.new_empty((0,)), qkv.new_empty((0,))
