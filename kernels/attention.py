@@ -36,14 +36,17 @@ from vitok.kernels.attention_rotate import rotate
 
 # By (generation, widest head_dim); chosen from compiled registers and shared memory, not measured yet.
 TILES = {
-    (80, 64): Tiles(128, 64, 4, 3),
+    (80, 64): Tiles(128, 64, 8, 3),
+    (80, 96): Tiles(128, 64, 8, 2),
     (80, 128): Tiles(128, 64, 8, 2),
     (80, 256): Tiles(64, 32, 8, 2),
-    (90, 64): Tiles(128, 64, 8, 3),
-    (90, 128): Tiles(128, 64, 8, 3),
-    (90, 256): Tiles(128, 32, 8, 2),
-    (100, 64): Tiles(128, 128, 4, 3),
-    (100, 128): Tiles(128, 64, 4, 3),
+    (90, 64): Tiles(128, 64, 8, 3, 128, 128),
+    (90, 96): Tiles(128, 64, 8, 3, 128),
+    (90, 128): Tiles(128, 128, 8, 2),
+    (90, 256): Tiles(128, 64, 8, 2),
+    (100, 64): Tiles(128, 64, 8, 3),
+    (100, 96): Tiles(128, 64, 8, 3),
+    (100, 128): Tiles(128, 64, 8, 2),
     (100, 256): Tiles(128, 32, 8, 2),
 }
 
@@ -193,6 +196,7 @@ def forward(
     stride_unit = unit(q, k, v)
     blocks = triton.cdiv(length, choice.resident)
     masked = window >= 0 or causal_block > 0 or cu_seqlens is not None
+    border = masked or length % choice.streamed > 0
     attention_forward_kernel[(batch * heads * blocks,)](
         q,
         k,
@@ -205,16 +209,15 @@ def forward(
         blocks,
         *(stride // stride_unit for x in (q, k, v) for stride in x.stride()[:3]),
         **mask_arguments(cu_seqlens, window, causal_block),
-        scale_log2=LOG2_E * head_dim**-0.5,
+        scale_log2=LOG2_E.value * head_dim**-0.5,
         MASKED=masked,
-        BORDER=masked or length % choice.streamed > 0,
+        BORDER=border,
         UNIT=stride_unit,
         HEAD_DIM=head_dim,
         PIECE0=piece0,
         PIECE1=piece1,
         BLOCK_M=choice.resident,
         BLOCK_N=choice.streamed,
-        num_warps=choice.warps,
-        num_stages=choice.stages,
+        **choice.options(border),
     )
     return out, lse

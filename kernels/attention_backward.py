@@ -36,16 +36,32 @@ from vitok.kernels.attention_rotate import rotate, rotate_backward
 # By (generation, widest head_dim); chosen from compiled registers and shared memory, not measured yet.
 QUERY_TILES = {
     (80, 64): Tiles(128, 32, 8, 2),
-    (80, 128): Tiles(64, 32, 8, 2),
-    (80, 256): Tiles(32, 32, 8, 1),
-    (90, 64): Tiles(128, 64, 8, 2),
+    (80, 96): Tiles(128, 32, 8, 2),
+    (80, 128): Tiles(64, 32, 4, 2),
+    (80, 256): Tiles(32, 32, 4, 1),
+    (90, 64): Tiles(128, 64, 8, 2, 128),
+    (90, 96): Tiles(128, 64, 8, 2),
     (90, 128): Tiles(128, 64, 8, 2),
     (90, 256): Tiles(64, 32, 8, 1),
     (100, 64): Tiles(128, 64, 8, 2),
+    (100, 96): Tiles(128, 64, 8, 2),
     (100, 128): Tiles(128, 64, 8, 2),
     (100, 256): Tiles(64, 32, 8, 1),
 }
-KEY_TILES = QUERY_TILES
+KEY_TILES = {
+    (80, 64): Tiles(128, 32, 8, 2),
+    (80, 96): Tiles(64, 32, 8, 2),
+    (80, 128): Tiles(64, 32, 8, 2),
+    (80, 256): Tiles(32, 32, 8, 1),
+    (90, 64): Tiles(128, 64, 8, 2),
+    (90, 96): Tiles(128, 64, 8, 2),
+    (90, 128): Tiles(128, 64, 8, 2),
+    (90, 256): Tiles(64, 32, 8, 1),
+    (100, 64): Tiles(128, 64, 8, 2),
+    (100, 96): Tiles(128, 64, 8, 2),
+    (100, 128): Tiles(128, 64, 8, 2),
+    (100, 256): Tiles(64, 32, 8, 1),
+}
 
 
 @triton.jit
@@ -334,7 +350,7 @@ def backward(
     masked = window >= 0 or causal_block > 0 or cu_seqlens is not None
     shared = {
         **mask_arguments(cu_seqlens, window, causal_block),
-        "scale_log2": LOG2_E * head_dim**-0.5,
+        "scale_log2": LOG2_E.value * head_dim**-0.5,
         "scale": head_dim**-0.5,
         "MASKED": masked,
         "UNIT": stride_unit,
@@ -346,6 +362,7 @@ def backward(
     ends = None if cu_seqlens is None else cu_seqlens.contiguous()
     choice = tiles(QUERY_TILES, qkv)
     blocks = triton.cdiv(length, choice.resident)
+    border = masked or length % choice.streamed > 0
     attention_backward_query_kernel[(batch * heads * blocks,)](
         q,
         k,
@@ -361,14 +378,14 @@ def backward(
         blocks,
         *strides,
         **shared,
-        BORDER=masked or length % choice.streamed > 0,
+        BORDER=border,
         BLOCK_M=choice.resident,
         BLOCK_N=choice.streamed,
-        num_warps=choice.warps,
-        num_stages=choice.stages,
+        **choice.options(border),
     )
     choice = tiles(KEY_TILES, qkv)
     blocks = triton.cdiv(length, choice.resident)
+    border = masked or length % choice.streamed > 0
     attention_backward_key_kernel[(batch * heads * blocks,)](
         q,
         k,
@@ -383,11 +400,10 @@ def backward(
         blocks,
         *strides,
         **shared,
-        BORDER=masked or length % choice.streamed > 0,
+        BORDER=border,
         BLOCK_M=choice.streamed,
         BLOCK_N=choice.resident,
-        num_warps=choice.warps,
-        num_stages=choice.stages,
+        **choice.options(border),
     )
     if changed:
         gradients = rotate_backward(dqkv, qkv, q_weight, k_weight, table, eps)

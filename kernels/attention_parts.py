@@ -14,16 +14,24 @@ import triton
 import triton.language as tl
 
 FAR = 2**30  # window and causal_block of "no mask"; lengths stay below, so that sums stay within int32
-LOG2_E = math.log2(math.e)
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 class Tiles(NamedTuple):
-    """Rows of the resident block, rows of the streamed block, warps, pipeline stages."""
+    """Rows of the resident block and of the streamed one, warps, pipeline stages, and the most registers a thread may
+    take, without and with a masked border (None: as many as the compiler likes)."""
 
     resident: int
     streamed: int
     warps: int
     stages: int
+    registers: int | None = None
+    border_registers: int | None = None
+
+    def options(self, border: bool) -> dict[str, int | None]:
+        """Launch options."""
+        registers = self.border_registers if border else self.registers
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": registers}
 
 
 # float32 products run on the plain cores, to the last bit: small tiles keep their operands in registers.
@@ -40,7 +48,7 @@ def tiles(table: dict[tuple[int, int], Tiles], x: torch.Tensor) -> Tiles:
     """The tile choice for x [..., D] on its device."""
     if x.dtype == torch.float32:
         return FLOAT32_TILES
-    return table[capability(x), next(width for width in (64, 128, 256) if x.shape[-1] <= width)]
+    return table[capability(x), next(width for width in (64, 96, 128, 256) if x.shape[-1] <= width)]
 
 
 def pieces(head_dim: int) -> tuple[int, int]:
