@@ -128,10 +128,13 @@ def _found(*modules: str) -> str:
     return ""
 
 
-def _flash_attn_functions(segments: bool) -> tuple[Callable[..., Any], int | None]:
+def _flash_attn_function(device: torch.device, segments: bool) -> tuple[Callable[..., Any], int | None]:
     """The function of the newest flash-attn there is, and what it calls an unlimited side of a window."""
     name = "flash_attn_varlen_func" if segments else "flash_attn_func"
-    for module, unlimited in (("flash_attn.cute", None), ("flash_attn_interface", -1), ("flash_attn", -1)):
+    modules: list[tuple[str, int | None]] = [("flash_attn", -1)]
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9:  # 3 and 4 are for Hopper and later
+        modules = [("flash_attn.cute", None), ("flash_attn_interface", -1), *modules]
+    for module, unlimited in modules:
         try:
             return getattr(importlib.import_module(module), name), unlimited
         except (ImportError, AttributeError):
@@ -161,7 +164,7 @@ def _flash_attn(
 ) -> Tensor:
     """flash-attn 4 (`flash_attn.cute`), 3 (`flash_attn_interface`) or 2 (`flash_attn`)."""
     q, k, v = _rotated(qkv, q_weight, k_weight, table, eps)
-    run, unlimited = _flash_attn_functions(cu_seqlens is not None)
+    run, unlimited = _flash_attn_function(qkv.device, cu_seqlens is not None)
     side = unlimited if window < 0 else window
     options: dict[str, Any] = {"causal": causal_block == 1, "window_size": (side, 0 if causal_block == 1 else side)}
     if causal_block == 1 and window < 0:
