@@ -46,7 +46,7 @@ QUERY_TILES = {
     (100, 64): Tiles(128, 64, 8, 2),
     (100, 96): Tiles(128, 64, 8, 2),
     (100, 128): Tiles(128, 64, 8, 2),
-    (100, 256): Tiles(32, 32, 8, 1),
+    (100, 256): Tiles(64, 32, 8, 1),
 }
 KEY_TILES = {
     (80, 64): Tiles(128, 32, 8, 2),
@@ -60,7 +60,7 @@ KEY_TILES = {
     (100, 64): Tiles(128, 64, 8, 2),
     (100, 96): Tiles(128, 64, 8, 2),
     (100, 128): Tiles(128, 64, 8, 2),
-    (100, 256): Tiles(32, 32, 8, 1),
+    (100, 256): Tiles(64, 32, 8, 1),
 }
 
 
@@ -406,7 +406,5 @@ def backward(
         **choice.options(border),
     )
     if changed:
-        gradients = rotate_backward(dqkv, qkv, q_weight, k_weight, table, eps)
-        if q_weight is not None:
-            return dqkv, gradients[0].to(q_weight.dtype), gradients[1].to(k_weight.dtype)
+        return dqkv, *rotate_backward(dqkv, qkv, q_weight, k_weight, table, eps)
     return dqkv, qkv.new_empty((0,)), qkv.new_empty((0,))

@@ -203,13 +203,12 @@ def rotate_backward(
     k_weight: torch.Tensor | None,
     table: torch.Tensor | None,
     eps: float,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn the q and k parts of the contiguous dqkv, gradients of `rotate`'s result, into gradients of qkv in place.
 
-    Returns the gradients of both weights, [2, D] in float32, or nothing of use where there are none.
+    Returns the gradients of both weights in their dtypes, [0] where there are none.
     """
-    batch, _, _, heads, head_dim = qkv.shape
-    length = qkv.shape[1]
+    batch, length, _, heads, head_dim = qkv.shape
     blocks, constants = _geometry(qkv)
     programs = batch * blocks * heads
     partial = torch.empty(
@@ -230,4 +229,7 @@ def rotate_backward(
         **constants,
         num_warps=NUM_WARPS,
     )
-    return partial.sum(1)
+    if q_weight is None or k_weight is None:
+        return qkv.new_empty((0,)), qkv.new_empty((0,))
+    # The second pass: a sum over programs in torch's fixed order.
+    return partial[0].sum(0).to(q_weight.dtype), partial[1].sum(0).to(k_weight.dtype)
