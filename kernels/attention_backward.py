@@ -33,7 +33,9 @@ from vitok.kernels.attention_parts import (
 )
 from vitok.kernels.attention_rotate import rotate, rotate_backward
 
-# By (generation, widest head_dim); chosen from compiled registers and shared memory, not measured yet.
+# By (generation, widest head_dim); chosen from compiled registers and shared memory, not measured yet: the largest
+# blocks that do not spill, as two accumulators and two products are alive at once. 256 channels leave registers for 32
+# rows only, too few for the wide matrix instruction of sm_90.
 QUERY_TILES = {
     (80, 64): Tiles(128, 32, 8, 2),
     (80, 96): Tiles(128, 32, 8, 2),
@@ -162,11 +164,11 @@ def attention_backward_query_kernel(
     grad_stride_l,
     grad_stride_h,
     segments,
-    search_steps,
     window,
     causal_block,
     scale_log2,
     scale,
+    STEPS: tl.constexpr,
     MASKED: tl.constexpr,
     BORDER: tl.constexpr,
     UNIT: tl.constexpr,
@@ -213,7 +215,7 @@ def attention_backward_query_kernel(
     start, whole, whole_end, end = 0, 0, length // BLOCK_N * BLOCK_N, length
     if MASKED:
         at = tl.minimum(rows, length - 1)
-        first, last = key_bounds(at, cu_seqlens_ptr, length, segments, search_steps, window, causal_block)
+        first, last = key_bounds(at, cu_seqlens_ptr, length, segments, window, causal_block, STEPS)
         start, whole, whole_end, end = block_ranges(first, last, BLOCK_N)
     dq0, dq1 = gather_queries(
         dq0, dq1, q0, q1, grad0, grad1, lse, delta, k_ptr, v_ptr, k_stride_l * UNIT, v_stride_l * UNIT, first, last,
@@ -256,11 +258,11 @@ def attention_backward_key_kernel(
     grad_stride_l,
     grad_stride_h,
     segments,
-    search_steps,
     window,
     causal_block,
     scale_log2,
     scale,
+    STEPS: tl.constexpr,
     MASKED: tl.constexpr,
     BORDER: tl.constexpr,
     UNIT: tl.constexpr,
@@ -300,7 +302,7 @@ def attention_backward_key_kernel(
     start, whole, whole_end, end = 0, 0, length // BLOCK_M * BLOCK_M, length
     if MASKED:
         at = tl.minimum(keys, length - 1)
-        first, last = query_bounds(at, cu_seqlens_ptr, length, segments, search_steps, window, causal_block)
+        first, last = query_bounds(at, cu_seqlens_ptr, length, segments, window, causal_block, STEPS)
         start, whole, whole_end, end = block_ranges(first, last, BLOCK_M)
     dk0, dk1, dv0, dv1 = gather_keys(
         dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_stride_l * UNIT,

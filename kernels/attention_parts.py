@@ -75,18 +75,19 @@ def mask_arguments(cu_seqlens: torch.Tensor | None, window: int, causal_block: i
     segments = 0 if cu_seqlens is None else len(cu_seqlens) - 1
     return {
         "segments": segments,
-        "search_steps": segments.bit_length(),
+        "STEPS": -(-segments.bit_length() // 4) * 4,  # in fours, so that few kernels are compiled; more do no harm
         "window": FAR if window < 0 else window,
         "causal_block": causal_block or FAR,
     }
 
 
 @triton.jit
-def segment_bounds(at, cu_seqlens_ptr, length, segments, search_steps):
+def segment_bounds(at, cu_seqlens_ptr, length, segments, STEPS: tl.constexpr):
     """[start, stop) of the segment of each token, by bisection; within [0, length) whatever cu_seqlens holds."""
     low = at * 0
     high = low + segments
-    for _ in range(search_steps):
+    # Unrolled: after a loop here the compiler no longer sees that the tiles below are aligned, and loads one by one.
+    for _ in tl.static_range(STEPS):
         middle = (low + high) // 2
         below = tl.load(cu_seqlens_ptr + middle) <= at
         low = tl.where(below, middle, low)
@@ -97,23 +98,23 @@ def segment_bounds(at, cu_seqlens_ptr, length, segments, search_steps):
 
 
 @triton.jit
-def key_bounds(at, cu_seqlens_ptr, length, segments, search_steps, window, causal_block):
+def key_bounds(at, cu_seqlens_ptr, length, segments, window, causal_block, STEPS: tl.constexpr):
     """First and past-the-last key that each query sees."""
     start = at * 0
     stop = start + length
     if cu_seqlens_ptr is not None:
-        start, stop = segment_bounds(at, cu_seqlens_ptr, length, segments, search_steps)
+        start, stop = segment_bounds(at, cu_seqlens_ptr, length, segments, STEPS)
     block_end = start + ((at - start) // causal_block + 1) * causal_block
     return tl.maximum(start, at - window), tl.minimum(tl.minimum(stop, at + window + 1), block_end)
 
 
 @triton.jit
-def query_bounds(at, cu_seqlens_ptr, length, segments, search_steps, window, causal_block):
+def query_bounds(at, cu_seqlens_ptr, length, segments, window, causal_block, STEPS: tl.constexpr):
     """First and past-the-last query that sees each key."""
     start = at * 0
     stop = start + length
     if cu_seqlens_ptr is not None:
-        start, stop = segment_bounds(at, cu_seqlens_ptr, length, segments, search_steps)
+        start, stop = segment_bounds(at, cu_seqlens_ptr, length, segments, STEPS)
     block_start = start + (at - start) // causal_block * causal_block
     return tl.maximum(block_start, at - window), tl.minimum(stop, at + window + 1)
 

@@ -65,7 +65,7 @@ for argument in sys.argv[2:]:
         found = resources(binary)
         print(f"sm_{capability} {argument} {name} shared {binary.metadata.shared}", found, flush=True)
         assert found["STACK"] == found["LOCAL"] == found["LDL"] == found["STL"] == 0, found
-        assert binary.metadata.shared <= 232448 if capability >= 90 else 166912
+        assert binary.metadata.shared <= (232448 if capability >= 90 else 166912)
         if dtype != torch.float32 and "attention" in name:
             # The tiles of the widest heads on sm_90 are too small for HGMMA in the backward, by need of registers.
             small = head_dim > 128 and capability == 90 and "backward" in name
