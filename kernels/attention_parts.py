@@ -35,7 +35,7 @@ class Tiles(NamedTuple):
 
 
 # float32 products run on the plain cores, to the last bit: small tiles keep their operands in registers.
-FLOAT32_TILES = Tiles(32, 32, 4, 1)
+FLOAT32_TILES = {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1)}
 
 
 def capability(x: torch.Tensor) -> int:
@@ -47,7 +47,7 @@ def capability(x: torch.Tensor) -> int:
 def tiles(table: dict[tuple[int, int], Tiles], x: torch.Tensor) -> Tiles:
     """The tile choice for x [..., D] on its device."""
     if x.dtype == torch.float32:
-        return FLOAT32_TILES
+        return FLOAT32_TILES[64 if x.shape[-1] <= 64 else 128]
     return table[capability(x), next(width for width in (64, 96, 128, 256) if x.shape[-1] <= width)]
 
 

@@ -264,6 +264,8 @@ def _triton_refuses(
         return f"table must be float32 there, got {table.dtype}"
     if qkv.shape[-1] % 8 or qkv.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {qkv.shape[-1]}"
+    if qkv.dtype == torch.float32 and qkv.shape[-1] > 128:
+        return f"in float32 head_dim must be at most 128 there, got {qkv.shape[-1]}"
     if qkv.shape[1] >= FAR:
         return f"it takes fewer than {FAR} tokens, got {qkv.shape[1]}"
     return _triton.refuses(qkv)
