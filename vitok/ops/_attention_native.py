@@ -1,0 +1,112 @@
+"""The native CPU attention behind `vitok.ops.attention`: what it takes, its scratch memory and its two calls.
+
+The kernel works on `slots` heads at a time. For each it keeps a few packed matrices of [L, head_dim] numbers of 4 bytes
+(8 in float64), rows padded to 16 and tokens to 192, so scratch grows linearly with the length and the threads, and not
+with the batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vitok import _native
+
+HEAD_PADDING, TOKEN_PADDING = 16, 192  # as csrc/common/attention.h has them
+MAX_HEAD_DIM = 256
+# Short heads are packed several at a time, so that threads meet less often; this many tokens of a thread stay in its cache.
+SLOT_TOKENS = 1024
+
+
+def refuses(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, table: Tensor | None, *_: object
+) -> str:
+    """Why the kernel cannot take these arguments, or ""."""
+    head_dim = qkv.shape[-1]
+    if qkv.dtype != torch.float64 and (head_dim % 8 or head_dim > MAX_HEAD_DIM):
+        return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}"
+    return _native.refuses(qkv, q_weight, k_weight, table)
+
+
+def _padded(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def _scratch(qkv: Tensor, slots: int, matrices: int, extra: int) -> Tensor:
+    """Uninitialised memory: an interval of keys a token, the slots' matrices, `extra` fp32 numbers, alignment."""
+    length, head_dim = qkv.shape[1], qkv.shape[4]
+    element = 8 if qkv.dtype == torch.float64 else 4
+    tokens = _padded(length, TOKEN_PADDING)
+    size = 16 * tokens + slots * matrices * tokens * _padded(head_dim, HEAD_PADDING) * element + 4 * extra + 128
+    return qkv.new_empty((size,), dtype=torch.uint8)
+
+
+def _inputs(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    table: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """What the kernel reads: heads side by side, weights of one dtype, the table in what it computes in, int64 ends."""
+    if qkv.stride(-1) != 1:
+        qkv = qkv.contiguous()
+    if q_weight is not None and k_weight is not None:
+        common = torch.promote_types(q_weight.dtype, k_weight.dtype)
+        q_weight, k_weight = q_weight.to(common).contiguous(), k_weight.to(common).contiguous()
+    if table is not None:
+        table = table.to(torch.float64 if qkv.dtype == torch.float64 else torch.float32).contiguous()
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.long().contiguous()
+    return qkv, q_weight, k_weight, table, cu_seqlens
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _arguments(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    window: int,
+    causal_block: int,
+    lse: Tensor,
+    scratch: Tensor,
+    slots: int,
+) -> tuple[object, ...]:
+    batch, length, _, heads, head_dim = qkv.shape
+    return (
+        qkv.data_ptr(), _native.DTYPE[qkv.dtype], (batch, length, heads, head_dim), qkv.stride()[:4],
+        _address(q_weight), _address(k_weight), "float32" if q_weight is None else _native.DTYPE[q_weight.dtype],
+        _address(table), eps, window, causal_block, _address(cu_seqlens), 0 if cu_seqlens is None else len(cu_seqlens) - 1,
+        lse.data_ptr(), scratch.data_ptr(), scratch.numel(), slots,
+    )  # fmt: skip
+
+
+def forward(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    window: int,
+    causal_block: int,
+) -> tuple[Tensor, Tensor]:
+    """out [B, L, heads, head_dim] and the logarithm of each row's sum of exponentials [B, heads, L]."""
+    qkv, *rest = _inputs(qkv, q_weight, k_weight, table, cu_seqlens)
+    batch, length, _, heads, head_dim = qkv.shape
+    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    out = qkv.new_empty((batch, length, heads, head_dim))
+    lse = qkv.new_empty((batch, heads, length), dtype=wide)
+    slots = max(1, min(batch * heads, torch.get_num_threads() * max(1, SLOT_TOKENS // max(1, length))))
+    scratch = _scratch(qkv, slots, 3 if wide == torch.float64 else 2, 0)
+    arguments = _arguments(qkv, *rest, eps, window, causal_block, lse, scratch, slots)
+    _native.run("attention_forward", qkv, *arguments, out.data_ptr())
+    return out, lse
