@@ -123,4 +123,51 @@ struct AttentionForward : AttentionInputs {
     }
 };
 
+struct AttentionBackward : AttentionInputs {
+    const void* out;   // contiguous [B, L, H, D]
+    const void* grad;  // [B, L, H, D] by strides; the elements of a head lie side by side
+    int64_t grad_strides[3];  // b, l, h, in elements
+    void* dqkv;               // contiguous [B, L, 3, H, D]
+    void* dq_weight;          // [D] in weight_dtype; null where the weights are
+    void* dk_weight;
+
+    template <class Visit>
+    void fields(Visit&& visit) {
+        inputs(visit);
+        visit("out", out), visit("grad", grad), visit("grad_strides", grad_strides);
+        visit("dqkv", dqkv), visit("dq_weight", dq_weight), visit("dk_weight", dk_weight);
+    }
+
+    // q, k, v and the gradient as the products read them, and dq, dk, dv.
+    static constexpr int64_t kMatrices = 8;
+
+    // Of the weights' gradients there is one partial sum for every stretch of a head's tokens.
+    int64_t stretches() const { return ceil_div(tokens(), kTokenPadding); }
+
+    // fp32 numbers beside the matrices: two of each token and slot, and the partial sums.
+    int64_t extra() const {
+        const int64_t partials = q_weight ? batch() * heads() * stretches() * 2 * padded_width() : 0;
+        return slots * 2 * padded_tokens() + partials;
+    }
+
+    const char* problem() const {
+        if (const char* wrong = AttentionInputs::problem()) return wrong;
+        int64_t reach = 0, largest = sizes[3];
+        for (int d = 0; d < 3; ++d) {
+            if (grad_strides[d] < 0) return "grad_strides must not be negative";
+            if (__builtin_mul_overflow(sizes[d], grad_strides[d], &reach) ||
+                __builtin_add_overflow(largest, reach, &largest) || largest > INT64_MAX / 8)
+                return "sizes and grad_strides reach beyond 64-bit offsets";
+        }
+        if ((q_weight == nullptr) != (dq_weight == nullptr) || (q_weight == nullptr) != (dk_weight == nullptr))
+            return "dq_weight and dk_weight must be given where the weights are, and be null where those are";
+        if (!empty() && (!out || !grad || !dqkv || !lse)) return "out, grad, dqkv and lse must not be null";
+        if (__builtin_mul_overflow(slots, 2 * padded_tokens(), &reach)) return "sizes and slots reach beyond 64-bit offsets";
+        const int64_t needed = scratch_needed(kMatrices, extra());
+        if (needed < 0) return "sizes and slots reach beyond 64-bit offsets";
+        if (!empty() && scratch_bytes < needed) return "scratch_bytes is less than these sizes and slots need";
+        return nullptr;
+    }
+};
+
 }  // namespace vitok

@@ -11,4 +11,5 @@
 
 // On the CPU alone.
 #define VITOK_CPU_OPS(op) \
-    op(attention_forward, AttentionForward)
+    op(attention_forward, AttentionForward) \
+    op(attention_backward, AttentionBackward)

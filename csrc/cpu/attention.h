@@ -24,8 +24,12 @@ constexpr int kRows = 6, kWide = 2;
 #endif
 constexpr int kPanel = kWide * kLanes;  // keys that lie side by side in a packed, transposed matrix
 
+static_assert(kTokenPadding % kPanel == 0 && kHeadPadding % kLanes == 0, "padded matrices divide into panels and vectors");
+
 // Rows of local buffers are an odd number of cache lines apart, so that a column of them does not fall into one cache set.
 constexpr int64_t kRowStride = kMaxHead + 16;
+
+constexpr float kLog2e = 0x1.715476p0f;
 
 // Below this many products of a query with a key and an element the fork costs more than the threads save.
 constexpr int64_t kParallelProducts = 1 << 17;
@@ -126,6 +130,14 @@ VITOK_INLINE Lanes exp2_weight(Lanes x) {
 #endif
 }
 
+VITOK_INLINE float largest_lane(Lanes x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(x);
+#else
+    return lanes_largest(x);
+#endif
+}
+
 // The lanes of kLanes vectors of 4-byte units, turned: element j of vector i goes to element i of vector j.
 #if defined(__clang__)
 VITOK_INLINE void turn(Lanes (&x)[kLanes]) {
@@ -183,6 +195,14 @@ VITOK_INLINE void widen_row(const T* from, int64_t n, float* to) {
     for (; i + kLanes <= n; i += kLanes) lanes_store(to + i, lanes_load(from + i));
     if (i < n) lanes_store(to + i, lanes_load_first(from + i, n - i)), i += kLanes;
     for (; i < padded(n); i += kLanes) lanes_store(to + i, zero);
+}
+
+// n fp32 numbers, readable up to whole vectors, as elements.
+template <class T>
+VITOK_INLINE void narrow_row(const float* from, int64_t n, T* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) lanes_store(to + i, lanes_load(from + i));
+    if (i < n) lanes_store_first(to + i, lanes_load(from + i), n - i);
 }
 
 VITOK_INLINE void zero_row(int64_t n, float* to) {

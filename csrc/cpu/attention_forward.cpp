@@ -9,11 +9,13 @@ namespace vitok {
 namespace VITOK_ISA {
 namespace {
 
-constexpr int64_t kQueries = 8 * kRows > 48 ? 48 : 8 * kRows;  // queries of a work item
-constexpr int64_t kKeys = 192;                                 // keys between two updates of the running maxima
+constexpr int64_t kQueries = 48;  // of a work item
+constexpr int64_t kKeys = 384;    // between two updates of the running maxima; a block of scores is 19 KB
 constexpr int64_t kScoreStride = kKeys + 16;
-constexpr float kLowest = -0x1.fffffep127f, kLog2e = 0x1.715476p0f, kLn2 = 0x1.62e43p-1f;
-static_assert(kKeys % kPanel == 0 && kTokenPadding % kKeys == 0 && kQueries % kRows == 0, "blocks divide evenly");
+constexpr float kLowest = -0x1.fffffep127f, kLn2 = 0x1.62e43p-1f;
+static_assert(kKeys % kPanel == 0 && kQueries % kRows == 0, "blocks divide evenly");
+// One number a row, in whole vectors.
+constexpr int kRowVectors = (kRows + kLanes - 1) / kLanes;
 
 // The packed keys and values of a head.
 template <class Dot>
@@ -24,7 +26,7 @@ struct Head {
 
 // Running state of kRows queries: the largest raw score, the sum of weights lane by lane, and which keys are seen.
 struct Rows {
-    float top[kRows];
+    float top[kRowVectors * kLanes];
     Lanes total[kRows];
     Interval keys[kRows];
 };
@@ -93,20 +95,22 @@ __attribute__((noinline)) void mask(const Rows& rows, int64_t first, int64_t las
     }
 }
 
-// Scores to weights 2^(scale (score - largest so far)), and what was summed so far to the new maximum.
+// Scores to weights 2^(scale (score - largest so far)); `correction` brings what was summed so far to the new maximum.
 template <class Dot>
 VITOK_INLINE void soften(Rows& rows, float scale, int64_t n, float* scores, const Lanes (&largest)[kRows],
-                         float (&correction)[kRows], bool& corrected) {
-    corrected = false;
+                         float (&correction)[kRowVectors * kLanes]) {
+    const Lanes factor = lanes_set(scale);
+    float top[kRowVectors * kLanes] = {};
     for (int r = 0; r < kRows; ++r) {
-        const float found = lanes_largest(largest[r]);
-        const float top = found > rows.top[r] ? found : rows.top[r];
-        corrected |= top != rows.top[r];
-        float lane[kLanes];
-        lanes_store(lane, exp2_weight(lanes_set((rows.top[r] - top) * scale)));
-        correction[r] = lane[0];
-        rows.top[r] = top;
-        const Lanes factor = lanes_set(scale), shift = lanes_set(-top * scale);
+        const float found = largest_lane(largest[r]);
+        top[r] = found > rows.top[r] ? found : rows.top[r];
+    }
+    for (int r = 0; r < kRows; r += kLanes) {
+        lanes_store(correction + r, exp2_weight((lanes_load(rows.top + r) - lanes_load(top + r)) * factor));
+        lanes_store(rows.top + r, lanes_load(top + r));
+    }
+    for (int r = 0; r < kRows; ++r) {
+        const Lanes shift = lanes_set(-top[r] * scale);
         Lanes total = lanes_set(0.0f);
         float* const row = scores + r * kScoreStride;
         for (int64_t j = 0; j < n; j += Dot::kElements * kLanes) {
@@ -122,14 +126,14 @@ VITOK_INLINE void soften(Rows& rows, float scale, int64_t n, float* scores, cons
 #endif
             }
         }
-        rows.total[r] = rows.total[r] * lanes_set(correction[r]) + total;
+        rows.total[r] = lanes_fma(rows.total[r], lanes_set(correction[r]), total);
     }
 }
 
 // out = out * correction + weights . values
 template <class Dot>
 VITOK_INLINE void gather_values(const float* weights, const Head<Dot>& head, int64_t stride, int64_t first, int64_t last,
-                                const float (&correction)[kRows], float* out) {
+                                const float* correction, float* out) {
     using Unit = typename Dot::Unit;
     for_groups(stride / kLanes, [&](auto constant, int64_t vector) {
         constexpr int W = decltype(constant)::value;
@@ -166,7 +170,8 @@ void attend(const AttentionForward& g, const Transform& transform, const Interva
 
     for (int64_t i = 0; i < tiles * kRows; ++i) {
         Rows& tile = rows[i / kRows];
-        tile.top[i % kRows] = kLowest;
+        if (i % kRows == 0)
+            for (float& top : tile.top) top = kLowest;
         tile.total[i % kRows] = lanes_set(0.0f);
         tile.keys[i % kRows] = seen[smaller(start + i, stop - 1)];  // rows past the end repeat the last one's interval
         if (start + i < stop) {
@@ -186,11 +191,10 @@ void attend(const AttentionForward& g, const Transform& transform, const Interva
             const int64_t last = smaller(block + kKeys, ceil_div(tile.keys[kRows - 1].end, kPanel) * kPanel);
             if (first >= last) continue;
             Lanes largest[kRows];
-            float correction[kRows];
-            bool corrected;
+            float correction[kRowVectors * kLanes];
             score<Dot>(queries + t * kRows * kRowStride, head, depth, first, last, scores, largest);
             if (first < tile.keys[kRows - 1].begin || last > tile.keys[0].end) mask(tile, first, last, scores, largest);
-            soften<Dot>(tile, scale, last - first, scores, largest, correction, corrected);
+            soften<Dot>(tile, scale, last - first, scores, largest, correction);
             gather_values<Dot>(scores, head, stride, first, last, correction, out + t * kRows * kRowStride);
         }
     }
@@ -201,11 +205,9 @@ void attend(const AttentionForward& g, const Transform& transform, const Interva
         const float total = lanes_sum(tile.total[(i - start) % kRows]);
         const float top = tile.top[(i - start) % kRows];
         const Lanes inverse = lanes_set(total == 0.0f ? 0.0f : 1.0f / total);
-        const float* const from = out + (i - start) * kRowStride;
-        T* const to = target + ((b * tokens + i) * g.heads() + h) * width;
-        int64_t e = 0;
-        for (; e + kLanes <= width; e += kLanes) lanes_store(to + e, lanes_load(from + e) * inverse);
-        if (e < width) lanes_store_first(to + e, lanes_load(from + e) * inverse, width - e);
+        float* const row = out + (i - start) * kRowStride;
+        for (int64_t e = 0; e < width; e += kLanes) lanes_store(row + e, lanes_load(row + e) * inverse);
+        narrow_row(row, width, target + ((b * tokens + i) * g.heads() + h) * width);
         if (g.lse)
             static_cast<float*>(g.lse)[(b * g.heads() + h) * tokens + i] =
                 total == 0.0f ? -__builtin_inff() : top * scale * kLn2 + __builtin_logf(total);

@@ -15,6 +15,7 @@ from torch import Tensor
 from vitok import _native
 
 HEAD_PADDING, TOKEN_PADDING = 16, 192  # as csrc/common/attention.h has them
+FORWARD_MATRICES, FORWARD_MATRICES_FLOAT64, BACKWARD_MATRICES = 2, 3, 8
 MAX_HEAD_DIM = 256
 # Short heads are packed several at a time, so that threads meet less often; this many tokens of a thread stay in its cache.
 SLOT_TOKENS = 1024
@@ -106,7 +107,49 @@ def forward(
     out = qkv.new_empty((batch, length, heads, head_dim))
     lse = qkv.new_empty((batch, heads, length), dtype=wide)
     slots = max(1, min(batch * heads, torch.get_num_threads() * max(1, SLOT_TOKENS // max(1, length))))
-    scratch = _scratch(qkv, slots, 3 if wide == torch.float64 else 2, 0)
+    scratch = _scratch(qkv, slots, FORWARD_MATRICES_FLOAT64 if wide == torch.float64 else FORWARD_MATRICES, 0)
     arguments = _arguments(qkv, *rest, eps, window, causal_block, lse, scratch, slots)
     _native.run("attention_forward", qkv, *arguments, out.data_ptr())
     return out, lse
+
+
+def backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    window: int,
+    causal_block: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv (contiguous), q_weight and k_weight (empty where there is none). Incoming ones are read by
+    stride, and copied if the elements of a head do not lie side by side."""
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    dtypes = [None if w is None else w.dtype for w in (q_weight, k_weight)]
+    qkv, q_weight, k_weight, table, cu_seqlens = _inputs(qkv, q_weight, k_weight, table, cu_seqlens)
+    batch, length, _, heads, head_dim = qkv.shape
+    dqkv = qkv.new_empty(qkv.shape)
+    weights = [qkv.new_empty((0,)) if w is None else w.new_empty(w.shape) for w in (q_weight, k_weight)]
+    if dqkv.numel() == 0:
+        return dqkv, weights[0].zero_(), weights[1].zero_()
+    slots = min(batch * heads, torch.get_num_threads())
+    partials = 0
+    if q_weight is not None:
+        stretches = -(-length // TOKEN_PADDING)
+        partials = batch * heads * stretches * 2 * _padded(head_dim, HEAD_PADDING)
+    scratch = _scratch(qkv, slots, BACKWARD_MATRICES, slots * 2 * _padded(length, TOKEN_PADDING) + partials)
+    arguments = _arguments(
+        qkv, q_weight, k_weight, table, cu_seqlens, eps, window, causal_block, lse, scratch, slots
+    )
+    _native.run(
+        "attention_backward", qkv, *arguments,
+        out.data_ptr(), grad.data_ptr(), grad.stride()[:3], dqkv.data_ptr(),
+        *(0 if w is None else d.data_ptr() for w, d in zip((q_weight, k_weight), weights, strict=True)),
+    )  # fmt: skip
+    dq_weight, dk_weight = (d if dtype is None else d.to(dtype) for d, dtype in zip(weights, dtypes, strict=True))
+    return dqkv, dq_weight, dk_weight
