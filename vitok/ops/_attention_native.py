@@ -7,8 +7,6 @@ with the batch.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -17,13 +15,11 @@ from vitok import _native
 HEAD_PADDING, TOKEN_PADDING = 16, 192  # as csrc/common/attention.h has them
 FORWARD_MATRICES, FORWARD_MATRICES_FLOAT64, BACKWARD_MATRICES = 2, 3, 8
 MAX_HEAD_DIM = 256
-# Short heads are packed several at a time, so that threads meet less often; this many tokens of a thread stay in its cache.
+# Short heads are packed several at a time, so that threads meet less often; so many tokens of a thread stay in its cache.
 SLOT_TOKENS = 1024
 
 
-def refuses(
-    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, table: Tensor | None, *_: object
-) -> str:
+def refuses(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, table: Tensor | None, *_: object) -> str:
     """Why the kernel cannot take these arguments, or ""."""
     head_dim = qkv.shape[-1]
     if qkv.dtype != torch.float64 and (head_dim % 8 or head_dim > MAX_HEAD_DIM):
@@ -85,7 +81,8 @@ def _arguments(
     return (
         qkv.data_ptr(), _native.DTYPE[qkv.dtype], (batch, length, heads, head_dim), qkv.stride()[:4],
         _address(q_weight), _address(k_weight), "float32" if q_weight is None else _native.DTYPE[q_weight.dtype],
-        _address(table), eps, window, causal_block, _address(cu_seqlens), 0 if cu_seqlens is None else len(cu_seqlens) - 1,
+        _address(table), eps, window, causal_block,
+        _address(cu_seqlens), 0 if cu_seqlens is None else len(cu_seqlens) - 1,
         lse.data_ptr(), scratch.data_ptr(), scratch.numel(), slots,
     )  # fmt: skip
 
@@ -143,9 +140,7 @@ def backward(
         stretches = -(-length // TOKEN_PADDING)
         partials = batch * heads * stretches * 2 * _padded(head_dim, HEAD_PADDING)
     scratch = _scratch(qkv, slots, BACKWARD_MATRICES, slots * 2 * _padded(length, TOKEN_PADDING) + partials)
-    arguments = _arguments(
-        qkv, q_weight, k_weight, table, cu_seqlens, eps, window, causal_block, lse, scratch, slots
-    )
+    arguments = _arguments(qkv, q_weight, k_weight, table, cu_seqlens, eps, window, causal_block, lse, scratch, slots)
     _native.run(
         "attention_backward", qkv, *arguments,
         out.data_ptr(), grad.data_ptr(), grad.stride()[:3], dqkv.data_ptr(),
