@@ -43,8 +43,10 @@ struct Blocks {
     alignas(64) float scores[kQueries * kBlockStride];   // ds
 };
 
-// out[kRows][width] += a . b, by groups of vectors.
-VITOK_INLINE void accumulate(const float* a, int64_t row, int64_t step, const float* b, int64_t depth, int64_t stride, float* out) {
+// out[kRows][width] += a . b, by groups of vectors. a lies in a block of p or ds, whose columns are its rows when Turned.
+template <bool Turned>
+__attribute__((noinline)) void accumulate(const float* a, const float* b, int64_t depth, int64_t stride, float* out) {
+    constexpr int64_t row = Turned ? 1 : kBlockStride, step = Turned ? kBlockStride : 1;
     for_groups(stride / kLanes, [&](auto constant, int64_t vector) {
         constexpr int W = decltype(constant)::value;
         Lanes sum[kRows][W];
@@ -117,15 +119,32 @@ void pair(const AttentionBackward& g, const Interval* seen, const Head& head, in
             }
         }
         if (want_q)
-            accumulate(scores, kBlockStride, 1, head.k + first * stride, last - first, stride, head.dq + (start + t) * stride);
+            accumulate<false>(scores, head.k + first * stride, last - first, stride, head.dq + (start + t) * stride);
     }
     if (!want_kv) return;
     for (int64_t j = first; j < last; j += kRows) {
-        accumulate(local.weights + j - first, 1, kBlockStride, head.grad + start * stride, stop - start, stride,
-                   head.dv + j * stride);
-        accumulate(local.scores + j - first, 1, kBlockStride, head.q + start * stride, stop - start, stride,
-                   head.dk + j * stride);
+        accumulate<true>(local.weights + j - first, head.grad + start * stride, stop - start, stride, head.dv + j * stride);
+        accumulate<true>(local.scores + j - first, head.q + start * stride, stop - start, stride, head.dk + j * stride);
     }
+}
+
+// a . b of kLanes rows. Summed in the order of the micro-kernel, so that a query which sees one key has a score gradient of 0 to
+// the last bit: out is v then, and delta the product of grad and v.
+VITOK_INLINE Lanes row_products(const float* a, const float* b, int64_t width) {
+    Lanes sum = lanes_set(0.0f);
+    for (int64_t e = 0; e < width; e += kLanes) {
+        Lanes x[kLanes], y[kLanes];
+        for (int r = 0; r < kLanes; ++r) {
+            x[r] = lanes_load(a + r * kRowStride + e);
+            y[r] = lanes_load(b + r * kRowStride + e);
+        }
+        turn(x);
+        turn(y);
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j)
+            if (e + j < width) sum = lanes_fma(x[j], y[j], sum);
+    }
+    return sum;
 }
 
 // kTokenPadding tokens of a head, from `first` on: what the products read, and zeros where they add up.
@@ -141,28 +160,28 @@ void pack(const AttentionBackward& g, const Transform& transform_q, const Transf
             widen_row(head_row<T>(g, b, token, 2, h), width, to);
         });
     }
-    alignas(64) float out[kRowStride];
+    alignas(64) float grads[kLanes * kRowStride], outs[kLanes * kRowStride];
     for (int64_t i = first; i < first + kTokenPadding; ++i) {
-        float* const q = head.q + i * stride;
-        float* const grad = head.grad + i * stride;
+        float* const grad = grads + (i - first) % kLanes * kRowStride;
+        float* const out = outs + (i - first) % kLanes * kRowStride;
         zero_row(width, head.dq + i * stride);
         zero_row(width, head.dk + i * stride);
         zero_row(width, head.dv + i * stride);
         head.lse[i] = kHighest;  // of a row that sees no key: its weights are 0
-        head.delta[i] = 0.0f;
-        if (i >= tokens) {
-            zero_row(width, q);
+        if (i < tokens) {
+            transform_q(head_row<T>(g, b, i, 0, h), i, head.q + i * stride);
+            const T* const from = static_cast<const T*>(g.grad);
+            widen_row(from + b * g.grad_strides[0] + i * g.grad_strides[1] + h * g.grad_strides[2], width, grad);
+            widen_row(static_cast<const T*>(g.out) + ((b * tokens + i) * g.heads() + h) * width, width, out);
+            const float lse = static_cast<const float*>(g.lse)[(b * g.heads() + h) * tokens + i];
+            if (lse != -__builtin_inff()) head.lse[i] = lse * kLog2e;
+        } else {
+            zero_row(width, head.q + i * stride);
             zero_row(width, grad);
-            continue;
+            zero_row(width, out);
         }
-        transform_q(head_row<T>(g, b, i, 0, h), i, q);
-        const T* const from = static_cast<const T*>(g.grad);
-        widen_row(from + b * g.grad_strides[0] + i * g.grad_strides[1] + h * g.grad_strides[2], width, grad);
-        widen_row(static_cast<const T*>(g.out) + ((b * tokens + i) * g.heads() + h) * width, width, out);
-        Lanes delta = lanes_set(0.0f);
-        for (int64_t e = 0; e < stride; e += kLanes) delta = lanes_fma(lanes_load(grad + e), lanes_load(out + e), delta);
-        const float lse = static_cast<const float*>(g.lse)[(b * g.heads() + h) * tokens + i];
-        if (lse != -__builtin_inff()) head.lse[i] = lse * kLog2e, head.delta[i] = lanes_sum(delta);
+        narrow_row(grad, stride, head.grad + i * stride);
+        if ((i + 1) % kLanes == 0) lanes_store(head.delta + i + 1 - kLanes, row_products(grads, outs, width));
     }
 }
 

@@ -110,17 +110,18 @@ VITOK_INLINE void soften(Rows& rows, float scale, int64_t n, float* scores, cons
         lanes_store(rows.top + r, lanes_load(top + r));
     }
     for (int r = 0; r < kRows; ++r) {
-        const Lanes shift = lanes_set(-top[r] * scale);
+        const Lanes largest_score = lanes_set(top[r]);  // taken off first, so that its own weight is 1 to the last bit
         Lanes total = lanes_set(0.0f);
         float* const row = scores + r * kScoreStride;
+#pragma GCC unroll 2
         for (int64_t j = 0; j < n; j += Dot::kElements * kLanes) {
-            const Lanes low = exp2_weight(lanes_fma(lanes_load(row + j), factor, shift));
+            const Lanes low = exp2_weight((lanes_load(row + j) - largest_score) * factor);
             total += low;
             if constexpr (Dot::kElements == 1) {
                 lanes_store(row + j, low);
             } else {
 #if defined(VITOK_BF16_DOT)
-                const Lanes high = exp2_weight(lanes_fma(lanes_load(row + j + kLanes), factor, shift));
+                const Lanes high = exp2_weight((lanes_load(row + j + kLanes) - largest_score) * factor);
                 total += high;
                 _mm512_storeu_si512(row + j / 2, bf16_round(low, high));  // behind what is still to be read
 #endif

@@ -15,7 +15,7 @@ from vitok import _native
 HEAD_PADDING, TOKEN_PADDING = 16, 192  # as csrc/common/attention.h has them
 FORWARD_MATRICES, FORWARD_MATRICES_FLOAT64, BACKWARD_MATRICES = 2, 3, 8
 MAX_HEAD_DIM = 256
-# Short heads are packed several at a time, so that threads meet less often; so many tokens of a thread stay in its cache.
+# Short heads are packed several at a time, so that threads meet less often; this many tokens still fit a core's cache.
 SLOT_TOKENS = 1024
 
 
@@ -98,14 +98,16 @@ def forward(
     causal_block: int,
 ) -> tuple[Tensor, Tensor]:
     """out [B, L, heads, head_dim] and the logarithm of each row's sum of exponentials [B, heads, L]."""
-    qkv, *rest = _inputs(qkv, q_weight, k_weight, table, cu_seqlens)
+    qkv, q_weight, k_weight, table, cu_seqlens = _inputs(qkv, q_weight, k_weight, table, cu_seqlens)
     batch, length, _, heads, head_dim = qkv.shape
     wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     out = qkv.new_empty((batch, length, heads, head_dim))
     lse = qkv.new_empty((batch, heads, length), dtype=wide)
-    slots = max(1, min(batch * heads, torch.get_num_threads() * max(1, SLOT_TOKENS // max(1, length))))
+    if out.numel() == 0:
+        return out, lse
+    slots = min(batch * heads, torch.get_num_threads() * max(1, SLOT_TOKENS // length))
     scratch = _scratch(qkv, slots, FORWARD_MATRICES_FLOAT64 if wide == torch.float64 else FORWARD_MATRICES, 0)
-    arguments = _arguments(qkv, *rest, eps, window, causal_block, lse, scratch, slots)
+    arguments = _arguments(qkv, q_weight, k_weight, table, cu_seqlens, eps, window, causal_block, lse, scratch, slots)
     _native.run("attention_forward", qkv, *arguments, out.data_ptr())
     return out, lse
 
