@@ -1,5 +1,5 @@
-// attention: softmax(q k' / sqrt(D)) v over the packed projection, forward and backward, on the CPU. Before the product q and k
-// are optionally normalised (RMS, per head, with weights) and rotated by a table of cosines and sines.
+// attention: softmax(q k' / sqrt(D)) v over the packed projection, forward and backward, on the CPU. Before the product q
+// and k are optionally normalised (RMS, per head, with weights) and rotated by a table of cosines and sines.
 //
 //   s[i, j] = q[i] . k[j] / sqrt(D)        for the keys j that query i sees
 //   p[i, j] = exp(s[i, j] - lse[i])        lse[i] = log sum_j exp(s[i, j])
@@ -53,8 +53,8 @@ struct AttentionInputs {
     int64_t padded_tokens() const { return ceil_div(tokens(), kTokenPadding) * kTokenPadding; }
     int64_t padded_width() const { return ceil_div(width(), kHeadPadding) * kHeadPadding; }
 
-    // Bytes of scratch: an interval of keys a query, `matrices` padded [L, D] matrices a slot, `extra` fp32 numbers, alignment.
-    // With float64 the matrices hold float64. -1 on overflow.
+    // Bytes of scratch: an interval of keys a query, `matrices` padded [L, D] matrices a slot (of float64 for float64),
+    // `extra` fp32 numbers, alignment. -1 on overflow.
     int64_t scratch_needed(int64_t matrices, int64_t extra) const {
         const int64_t element = dtype == DType::float64 ? 8 : 4;
         int64_t bytes = 0, intervals = 0;
@@ -87,7 +87,8 @@ struct AttentionInputs {
                 __builtin_mul_overflow(count, sizes[d], &count) || count > INT64_MAX / 8 || largest > INT64_MAX / 8)
                 return "sizes and strides reach beyond 64-bit offsets";
         }
-        if ((q_weight == nullptr) != (k_weight == nullptr)) return "q_weight and k_weight must both be given or both be null";
+        if ((q_weight == nullptr) != (k_weight == nullptr))
+            return "q_weight and k_weight must both be given or both be null";
         if (table && sizes[3] % 2 != 0) return "D must be even when there is a table";
         if (window < -1) return "window must be at least -1";
         if (causal_block < 0) return "causal_block must not be negative";

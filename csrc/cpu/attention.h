@@ -84,8 +84,8 @@ struct Constant {
     static constexpr int value = N;
 };
 
-// Rows of kRows sums of `vectors` vectors, as few and as even groups of at most kWide vectors as possible: calls
-// fn(constant width, first vector) for each group.
+// Cuts rows of `vectors` vectors into as few and as even groups of at most kWide as possible, and calls
+// fn(constant width, first vector) for each.
 template <class Fn>
 VITOK_INLINE void for_groups(int64_t vectors, Fn&& fn) {
     const int64_t groups = ceil_div(vectors, kWide);
@@ -237,7 +237,8 @@ struct Transform {
 
     float rstd(const float* x) const {
         Lanes squares = lanes_set(0.0f);
-        for (int64_t i = 0; i < padded(width); i += kLanes) squares = lanes_fma(lanes_load(x + i), lanes_load(x + i), squares);
+        for (int64_t i = 0; i < padded(width); i += kLanes)
+            squares = lanes_fma(lanes_load(x + i), lanes_load(x + i), squares);
         return 1.0f / __builtin_sqrtf(lanes_sum(squares) / static_cast<float>(width) + eps);
     }
 
@@ -280,7 +281,8 @@ struct Transform {
 };
 
 // The same for a row of float64, with fp64 tables.
-static inline void transform_float64(const AttentionInputs& g, const void* weights, const double* from, int64_t token, double* to) {
+static inline void transform_float64(const AttentionInputs& g, const void* weights, const double* from, int64_t token,
+                                     double* to) {
     const int64_t width = g.width(), half = width / 2;
     double rstd = 1.0;
     if (weights) {
@@ -312,7 +314,8 @@ static inline double dot_float64(const double* a, const double* b, int64_t n) {
 // kPanel rows from `first` on, each made by row(token, fp32 buffer) and zero from `tokens` on, as one transposed panel
 // [depth][kPanel]; and row by row to `plain`, padded(width) apart, unless it is null.
 template <class Dot, class Row>
-VITOK_INLINE void pack_panel(int64_t first, int64_t tokens, int64_t width, typename Dot::Unit* panel, float* plain, Row&& row) {
+VITOK_INLINE void pack_panel(int64_t first, int64_t tokens, int64_t width, typename Dot::Unit* panel, float* plain,
+                             Row&& row) {
     using Unit = typename Dot::Unit;
     alignas(64) float wide[kRowStride];
     alignas(64) Unit rows[kLanes * kRowStride];

@@ -1,13 +1,13 @@
-// The backward of common/attention.h on the CPU. With the weights p recomputed from lse, and delta[i] = sum_e grad[i, e] out[i, e]:
+// The backward of common/attention.h on the CPU. With the weights p recomputed from lse, and delta[i] = grad[i] . out[i]:
 //
 //   dv[j] = sum_i p[i, j] grad[i]        ds[i, j] = p[i, j] (grad[i] . v[j] - delta[i]) / sqrt(D)
 //   dq[i] = sum_j ds[i, j] k[j]          dk[j]    = sum_i ds[i, j] q[i]
 //
 // then back through rotation and norm. Blocks of p and ds stay in the second-level cache and feed three products each way.
 //
-// Enough heads for all threads: a thread takes whole heads, and a pair of blocks gives dq, dk and dv at once. Else threads share
-// the blocks of keys for dk and dv, then the blocks of queries for dq, and p and ds are computed twice. Sums run in the same
-// order either way, so the bits do not depend on the number of threads.
+// Enough heads for all threads: a thread takes whole heads, and a pair of blocks gives dq, dk and dv at once. Else threads
+// share the blocks of keys for dk and dv, then the blocks of queries for dq, and p and ds are computed twice. Sums run in
+// the same order either way, so the bits do not depend on the number of threads.
 #include "attention.h"
 
 namespace vitok {
@@ -62,7 +62,7 @@ __attribute__((noinline)) void accumulate(const float* a, const float* b, int64_
     });
 }
 
-// kRows rows of a against kPanel columns: hands every vector of products to store(row, first column of the vector, products).
+// kRows rows of a against kPanel columns: hands every vector of products to store(row, its first column, products).
 template <class Store>
 VITOK_INLINE void product(const float* a, const float* panel, int64_t depth, Store&& store) {
     Lanes sum[kRows][kWide];
@@ -114,8 +114,9 @@ void pair(const AttentionBackward& g, const Interval* seen, const Head& head, in
                 const Interval keys = seen[smaller(start + t + r, final)];
                 const int64_t begin = smaller(larger(keys.begin, first), last) - first;
                 const int64_t end = smaller(larger(keys.end, first + begin), last) - first;
-                for (int64_t j = 0; j < begin; ++j) weights[r * kBlockStride + j] = scores[r * kBlockStride + j] = 0.0f;
-                for (int64_t j = end; j < last - first; ++j) weights[r * kBlockStride + j] = scores[r * kBlockStride + j] = 0.0f;
+                const auto clear = [&](int64_t j) { weights[r * kBlockStride + j] = scores[r * kBlockStride + j] = 0.0f; };
+                for (int64_t j = 0; j < begin; ++j) clear(j);
+                for (int64_t j = end; j < last - first; ++j) clear(j);
             }
         }
         if (want_q)
@@ -128,8 +129,8 @@ void pair(const AttentionBackward& g, const Interval* seen, const Head& head, in
     }
 }
 
-// a . b of kLanes rows. Summed in the order of the micro-kernel, so that a query which sees one key has a score gradient of 0 to
-// the last bit: out is v then, and delta the product of grad and v.
+// a . b of kLanes rows. Summed in the order of the micro-kernel, so that a query which sees one key has a score gradient of
+// 0 to the last bit: out is v then, and delta the product of grad and v.
 VITOK_INLINE Lanes row_products(const float* a, const float* b, int64_t width) {
     Lanes sum = lanes_set(0.0f);
     for (int64_t e = 0; e < width; e += kLanes) {
@@ -149,8 +150,8 @@ VITOK_INLINE Lanes row_products(const float* a, const float* b, int64_t width) {
 
 // kTokenPadding tokens of a head, from `first` on: what the products read, and zeros where they add up.
 template <class T>
-void pack(const AttentionBackward& g, const Transform& transform_q, const Transform& transform_k, const Head& head, int64_t b,
-          int64_t h, int64_t first) {
+void pack(const AttentionBackward& g, const Transform& transform_q, const Transform& transform_k, const Head& head,
+          int64_t b, int64_t h, int64_t first) {
     const int64_t tokens = g.tokens(), width = g.width(), stride = g.padded_width();
     for (int64_t j = first; j < first + kTokenPadding; j += kPanel) {
         pack_panel<Singles>(j, tokens, width, head.key_panels + j * width, head.k, [&](int64_t token, float* to) {
@@ -213,8 +214,8 @@ void untransform(const Transform& transform, const T* from, int64_t token, float
 
 // The tokens of one stretch: their gradients, and their part of the weights' gradients in `partial` [2][padded width].
 template <class T>
-void finish(const AttentionBackward& g, const Transform& transform_q, const Transform& transform_k, const Head& head, int64_t b,
-            int64_t h, int64_t first, float* partial) {
+void finish(const AttentionBackward& g, const Transform& transform_q, const Transform& transform_k, const Head& head,
+            int64_t b, int64_t h, int64_t first, float* partial) {
     const int64_t width = g.width(), stride = g.padded_width(), between = g.heads() * width;
     if (partial) zero_row(stride, partial), zero_row(stride, partial + stride);
     for (int64_t i = first; i < smaller(first + kTokenPadding, g.tokens()); ++i) {
@@ -279,13 +280,16 @@ void backward(const AttentionBackward& g) {
             } else {
                 // Round robin, because under a causal mask the blocks of a head have less and less, or more and more, to do.
                 const int64_t key_blocks = ceil_div(tokens, kKeys), query_blocks = ceil_div(tokens, kQueries);
-                for (int64_t item = team.thread; item < count * key_blocks; item += team.threads)
+                for (int64_t item = team.thread; item < count * key_blocks; item += team.threads) {
+                    const int64_t slot = item / key_blocks, key = item % key_blocks * kKeys;
                     for (int64_t query = 0; query < tokens; query += kQueries)
-                        pair(g, scratch.keys, head_of(item / key_blocks), query, item % key_blocks * kKeys, false, true, local);
-                for (int64_t item = team.thread; item < count * query_blocks; item += team.threads)
+                        pair(g, scratch.keys, head_of(slot), query, key, false, true, local);
+                }
+                for (int64_t item = team.thread; item < count * query_blocks; item += team.threads) {
+                    const int64_t slot = item / query_blocks, query = item % query_blocks * kQueries;
                     for (int64_t key = 0; key < tokens; key += kKeys)
-                        pair(g, scratch.keys, head_of(item / query_blocks), item % query_blocks * kQueries, key, true, false,
-                             local);
+                        pair(g, scratch.keys, head_of(slot), query, key, true, false, local);
+                }
             }
             team.barrier();
             for (int64_t piece = pieces.begin; piece < pieces.end; ++piece) {

@@ -1,8 +1,8 @@
 // The forward of common/attention.h on the CPU: blocked, with running maxima and sums, memory linear in the length.
 //
-// Heads are taken `slots` at a time. First all threads pack their keys and values: k is normalised, rotated and transposed to
-// panels [depth][kPanel], v widened (or, with bf16 dot products, interleaved by pairs of keys). Then all threads share the blocks
-// of queries. Both products run through the same micro-kernel; a block of scores never leaves the first-level cache.
+// Heads are taken `slots` at a time. First all threads pack their keys and values: k is normalised, rotated and transposed
+// to panels [depth][kPanel], v widened (or, with bf16 dot products, interleaved by pairs of keys). Then all threads share
+// the blocks of queries. Both products run through the same micro-kernel; a block of scores never leaves the first-level cache.
 #include "attention.h"
 
 namespace vitok {
@@ -144,9 +144,9 @@ VITOK_INLINE void gather_values(const float* weights, const Head<Dot>& head, int
 #pragma GCC unroll 4
             for (int w = 0; w < W; ++w)
                 sum[r][w] = lanes_load(out + r * kRowStride + (vector + w) * kLanes) * lanes_set(correction[r]);
-        multiply<Dot>(reinterpret_cast<const Unit*>(weights), kScoreStride, 1,
-                      head.values + first / Dot::kElements * stride + vector * kLanes, stride, (last - first) / Dot::kElements,
-                      sum);
+        const Unit* const values = head.values + first / Dot::kElements * stride + vector * kLanes;
+        multiply<Dot>(reinterpret_cast<const Unit*>(weights), kScoreStride, 1, values, stride,
+                      (last - first) / Dot::kElements, sum);
 #pragma GCC unroll 12
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -264,7 +264,8 @@ void forward(const AttentionForward& g) {
     };
     int64_t head_cost = 0;
     for (int64_t block = 0; block < blocks; ++block) head_cost += cost(block);
-    [[maybe_unused]] const bool parallel = heads * blocks > 1 && heads * head_cost * g.width() >= kParallelProducts / kQueries;
+    [[maybe_unused]] const bool parallel =
+        heads * blocks > 1 && heads * head_cost * g.width() >= kParallelProducts / kQueries;
 
 #if defined(_OPENMP)
 #pragma omp parallel if (parallel)

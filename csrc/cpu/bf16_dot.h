@@ -1,5 +1,5 @@
-// Dot products of pairs of bfloat16 with fp32 sums. VITOK_EMULATE_BF16 replaces the two instructions by plain AVX-512, so that
-// kernels which use them can be tested on a machine that lacks them.
+// Dot products of pairs of bfloat16 with fp32 sums. VITOK_EMULATE_BF16 replaces the two instructions by plain AVX-512, so
+// that kernels which use them can be tested on a machine that lacks them.
 #pragma once
 
 #include "lanes.h"
