@@ -6,6 +6,10 @@ are said in the library's own words, or refused with the reason. Nothing is impo
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -113,14 +117,143 @@ def _sdpa_segments(
     return torch.cat([_sdpa_plain(a, b, c, window, causal_block, None) for a, b, c in parts], dim=2)
 
 
+def _found(*modules: str) -> str:
+    """The first module that is there, without importing it (of a dotted name, its package only), or ""."""
+    for module in modules:
+        try:
+            if importlib.util.find_spec(module.split(".")[0]) is not None:
+                return module
+        except ValueError:  # a module without a spec stands in for it
+            continue
+    return ""
+
+
+def _flash_attn_function(device: torch.device, segments: bool) -> tuple[Callable[..., Any], int | None]:
+    """The function of the newest flash-attn there is, and what it calls an unlimited side of a window."""
+    name = "flash_attn_varlen_func" if segments else "flash_attn_func"
+    modules: list[tuple[str, int | None]] = [("flash_attn", -1)]
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9:  # 3 and 4 are for Hopper and later
+        modules = [("flash_attn.cute", None), ("flash_attn_interface", -1), *modules]
+    for module, unlimited in modules:
+        try:
+            return getattr(importlib.import_module(module), name), unlimited
+        except (ImportError, AttributeError):
+            continue
+    raise ImportError(f"flash-attn is installed, but none of its modules has {name}")
+
+
+def _flash_attn_refuses(qkv: Tensor, *args: Any) -> str:
+    if not qkv.is_cuda:
+        return f"flash-attn takes CUDA tensors, got one on {qkv.device.type!r}"
+    if qkv.dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn takes float16 and bfloat16, got {qkv.dtype}"
+    if qkv.shape[-1] % 8 or qkv.shape[-1] > 256:
+        return f"flash-attn takes a head_dim that is a multiple of 8 up to 256, got {qkv.shape[-1]}"
+    return "flash-attn has no block-causal mask" if args[-1] > 1 else ""
+
+
+def _flash_attn(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    window: int,
+    causal_block: int,
+) -> Tensor:
+    """flash-attn 4 (`flash_attn.cute`), 3 (`flash_attn_interface`) or 2 (`flash_attn`)."""
+    q, k, v = _rotated(qkv, q_weight, k_weight, table, eps)
+    run, unlimited = _flash_attn_function(qkv.device, cu_seqlens is not None)
+    side = unlimited if window < 0 else window
+    options: dict[str, Any] = {"causal": causal_block == 1, "window_size": (side, 0 if causal_block == 1 else side)}
+    if causal_block == 1 and window < 0:
+        options["window_size"] = (unlimited, unlimited)
+    if torch.are_deterministic_algorithms_enabled():
+        options["deterministic"] = True
+    if cu_seqlens is None:
+        out = run(q, k, v, **options)
+    else:
+        # The longest segment is not known without waiting for the GPU; L is a bound, its extra blocks end at once.
+        ends = cu_seqlens.int().contiguous()
+        options |= {f"cu_seqlens_{x}": ends for x in "qk"} | {f"max_seqlen_{x}": qkv.shape[1] for x in "qk"}
+        known = inspect.signature(run).parameters  # flash-attn 4 took no max_seqlen at first
+        out = run(q[0], k[0], v[0], **{name: value for name, value in options.items() if name in known})
+    out = out[0] if isinstance(out, tuple) else out  # flash-attn 4 returns lse as well
+    return out if cu_seqlens is None else out[None]
+
+
+def _xformers_refuses(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    window: int,
+    causal_block: int,
+) -> str:
+    if not qkv.is_cuda:
+        return f"xformers takes CUDA tensors, got one on {qkv.device.type!r}"
+    if qkv.dtype == torch.float64:
+        return "xformers takes no torch.float64"
+    if causal_block > 1:
+        return "xformers has no block-causal mask"
+    if cu_seqlens is not None and window >= 0:
+        return "xformers has no window within segments"
+    return ""
+
+
+def _xformers(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    window: int,
+    causal_block: int,
+) -> Tensor:
+    """`memory_efficient_attention`; its segments are lists on the host, so that cu_seqlens waits for the GPU."""
+    ops = importlib.import_module("xformers.ops")
+    masks = importlib.import_module("xformers.ops.fmha.attn_bias")
+    q, k, v = _rotated(qkv, q_weight, k_weight, table, eps)
+    bias = None
+    if cu_seqlens is not None:
+        bias = masks.BlockDiagonalMask.from_seqlens([n for n in cu_seqlens.diff().tolist() if n])
+        bias = bias.make_causal() if causal_block == 1 else bias
+    elif window >= 0:
+        bias = masks.LocalAttentionFromBottomRightMask(
+            window_left=window, window_right=0 if causal_block == 1 else window
+        )
+    elif causal_block == 1:
+        bias = masks.LowerTriangularMask()
+    out: Tensor = ops.memory_efficient_attention(q, k, v, attn_bias=bias)
+    return out
+
+
 def implementations() -> list[Implementation]:
     """All adapters, the preferred first."""
-    made: list[Implementation] = []
-
-    def add(name: str, run: Any, refuses: Any, missing: str = "") -> None:
-        made.append(Implementation(name, run, missing=missing, refuses=refuses))
-
-    for backend in ("", *_SDPA_BACKENDS):
-        name = f"sdpa:{backend}" if backend else "sdpa"
-        add(name, partial(_sdpa, backend), partial(_sdpa_refuses, backend))
-    return made
+    sdpa = [
+        Implementation(
+            f"sdpa:{backend}" if backend else "sdpa", partial(_sdpa, backend), refuses=partial(_sdpa_refuses, backend)
+        )
+        for backend in ("", *_SDPA_BACKENDS)
+    ]
+    return [
+        *sdpa,
+        Implementation(
+            "flash_attn",
+            _flash_attn,
+            missing=""
+            if _found("flash_attn_interface", "flash_attn")
+            else "flash-attn is not installed; `pip install flash-attn` builds it",
+            refuses=_flash_attn_refuses,
+        ),
+        Implementation(
+            "xformers",
+            _xformers,
+            missing="" if _found("xformers") else "xformers is not installed; `pip install xformers` brings it",
+            refuses=_xformers_refuses,
+        ),
+    ]

@@ -175,13 +175,11 @@ def _native_module() -> ModuleType | None:
 _NATIVE = _native_module()
 
 
-def _kernels(impl: str) -> Any:
-    """The module with `forward` and `backward` of "native" or "triton"; both take the operators' arguments."""
-    return _NATIVE if impl == "native" else importlib.import_module("vitok.kernels.attention")
-
-
 def _forward(impl: str, qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    made: tuple[Tensor, Tensor] = _kernels(impl).forward(qkv, *args)
+    kernels: Any = _NATIVE
+    if impl == "triton":
+        from vitok.kernels import attention as kernels
+    made: tuple[Tensor, Tensor] = kernels.forward(qkv, *args)
     return made
 
 
@@ -192,7 +190,10 @@ def _forward_empty(impl: str, qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(impl: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    made: tuple[Tensor, Tensor, Tensor] = _kernels(impl).backward(*args)
+    kernels: Any = _NATIVE
+    if impl == "triton":
+        from vitok.kernels import attention_backward as kernels
+    made: tuple[Tensor, Tensor, Tensor] = kernels.backward(*args)
     return made
 
 
@@ -259,10 +260,12 @@ def _triton_refuses(
     for name, x in (("qkv", qkv), ("q_weight", q_weight), ("k_weight", k_weight), ("table", table)):
         if x is not None and x.dtype == torch.float64:
             return f"it computes in float32, {name} is torch.float64"
+    if table is not None and table.dtype != torch.float32:
+        return f"table must be float32 there, got {table.dtype}"
     if qkv.shape[-1] % 8 or qkv.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {qkv.shape[-1]}"
-    if qkv.shape[1] > FAR:
-        return f"it takes at most {FAR} tokens, got {qkv.shape[1]}"
+    if qkv.shape[1] >= FAR:
+        return f"it takes fewer than {FAR} tokens, got {qkv.shape[1]}"
     return _triton.refuses(qkv)
 
 
