@@ -149,6 +149,7 @@ PYBIND11_MODULE(_C, m) {
 
 #define VITOK_BIND(op, Args) bind_cpu<vitok::Args>(m, #op, &vitok::CpuLevel::op);
     VITOK_OPS(VITOK_BIND)
+    VITOK_CPU_OPS(VITOK_BIND)
 #undef VITOK_BIND
 #if defined(VITOK_WITH_CUDA)
 #define VITOK_BIND(op, Args) bind_cuda<vitok::Args>(m, #op, vitok::op##_cuda);

@@ -2,6 +2,7 @@
 // struct, and a function of this name in cpu/ and, with _cuda behind it, in cuda/; the rest follows from the list.
 #pragma once
 
+#include "attention.h"
 #include "gated_mlp_act.h"
 #include "gaussian_sample.h"
 #include "noise.h"
@@ -25,3 +26,8 @@
     op(qk_norm_rope_forward, QkNormRopeForward)          \
     op(tubelet_gather, TubeletGather)                    \
     op(tubelet_scatter, TubeletScatter)
+
+// On the CPU alone: GPUs have Triton's attention and those of other libraries.
+#define VITOK_CPU_OPS(op)                      \
+    op(attention_backward, AttentionBackward)  \
+    op(attention_forward, AttentionForward)

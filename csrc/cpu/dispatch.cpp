@@ -36,15 +36,15 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 #define VITOK_AVX512_BF16(op, Args) avx512_bf16::op,
 
 const CpuLevel levels[] = {
-    {"baseline", always, VITOK_OPS(VITOK_BASELINE)},
+    {"baseline", always, VITOK_OPS(VITOK_BASELINE) VITOK_CPU_OPS(VITOK_BASELINE)},
 #if defined(VITOK_HAVE_AVX2)
-    {"avx2", has_avx2, VITOK_OPS(VITOK_AVX2)},
+    {"avx2", has_avx2, VITOK_OPS(VITOK_AVX2) VITOK_CPU_OPS(VITOK_AVX2)},
 #endif
 #if defined(VITOK_HAVE_AVX512)
-    {"avx512", has_avx512, VITOK_OPS(VITOK_AVX512)},
+    {"avx512", has_avx512, VITOK_OPS(VITOK_AVX512) VITOK_CPU_OPS(VITOK_AVX512)},
 #endif
 #if defined(VITOK_HAVE_AVX512_BF16)
-    {"avx512_bf16", has_avx512_bf16, VITOK_OPS(VITOK_AVX512_BF16)},
+    {"avx512_bf16", has_avx512_bf16, VITOK_OPS(VITOK_AVX512_BF16) VITOK_CPU_OPS(VITOK_AVX512_BF16)},
 #endif
 };
 

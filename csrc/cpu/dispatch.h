@@ -9,6 +9,7 @@ namespace vitok {
 #define VITOK_DECLARE_LEVEL(level) \
     namespace level {              \
     VITOK_OPS(VITOK_DECLARE)       \
+    VITOK_CPU_OPS(VITOK_DECLARE)   \
     }
 
 VITOK_DECLARE_LEVEL(baseline)
@@ -24,6 +25,7 @@ struct CpuLevel {
     bool (*supported)();  // by this machine
 #define VITOK_MEMBER(op, Args) void (*op)(const Args&);
     VITOK_OPS(VITOK_MEMBER)
+    VITOK_CPU_OPS(VITOK_MEMBER)
 #undef VITOK_MEMBER
 };
 

@@ -1,0 +1,408 @@
+// The backward of common/attention.h on the CPU. With the weights p recomputed from lse, and delta[i] = grad[i] . out[i]:
+//
+//   dv[j] = sum_i p[i, j] grad[i]        ds[i, j] = p[i, j] (grad[i] . v[j] - delta[i]) / sqrt(D)
+//   dq[i] = sum_j ds[i, j] k[j]          dk[j]    = sum_i ds[i, j] q[i]
+//
+// then back through rotation and norm. Blocks of p and ds stay in the second-level cache and feed three products each way.
+//
+// Enough heads for all threads: a thread takes whole heads, and a pair of blocks gives dq, dk and dv at once. Else threads
+// share the blocks of keys for dk and dv, then the blocks of queries for dq, and p and ds are computed twice. Sums run in
+// the same order either way, so the bits do not depend on the number of threads.
+#include "attention.h"
+
+namespace vitok {
+namespace VITOK_ISA {
+namespace {
+
+constexpr int64_t kQueries = 96, kKeys = 192;  // of a pair of blocks
+constexpr int64_t kBlockStride = kKeys + 16;
+constexpr float kHighest = 0x1.fffffep127f;
+
+constexpr int64_t common_multiple(int64_t a, int64_t b) {
+    int64_t multiple = a;
+    while (multiple % b != 0) multiple += a;
+    return multiple;
+}
+// Ranges of keys end at multiples of this: whole panels, and whole rows of sums.
+constexpr int64_t kStep = common_multiple(kPanel, kRows);
+static_assert(kKeys % kStep == 0 && kQueries % kRows == 0 && kTokenPadding % kKeys == 0 && kTokenPadding % kQueries == 0,
+              "blocks divide evenly");
+
+// A head's matrices in the scratch. Plain ones have rows of the padded width.
+struct Head {
+    float *key_panels, *value_panels;  // [panel][width][kPanel]
+    float *k, *q, *grad, *dq, *dk, *dv;
+    float *lse, *delta;  // [padded tokens]; lse to base 2
+};
+
+// Local copies of what a pair of blocks broadcasts.
+struct Blocks {
+    alignas(64) float q[kQueries * kRowStride];
+    alignas(64) float grad[kQueries * kRowStride];
+    alignas(64) float weights[kQueries * kBlockStride];  // p
+    alignas(64) float scores[kQueries * kBlockStride];   // ds
+};
+
+// out[kRows][width] += a . b, by groups of vectors. a lies in a block of p or ds, whose columns are its rows when Turned.
+template <bool Turned>
+__attribute__((noinline)) void accumulate(const float* a, const float* b, int64_t depth, int64_t stride, float* out) {
+    constexpr int64_t row = Turned ? 1 : kBlockStride, step = Turned ? kBlockStride : 1;
+    for_groups(stride / kLanes, [&](auto constant, int64_t vector) {
+        constexpr int W = decltype(constant)::value;
+        Lanes sum[kRows][W];
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+            for (int w = 0; w < W; ++w) sum[r][w] = lanes_load(out + r * stride + (vector + w) * kLanes);
+        multiply<Singles>(a, row, step, b + vector * kLanes, stride, depth, sum);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+            for (int w = 0; w < W; ++w) lanes_store(out + r * stride + (vector + w) * kLanes, sum[r][w]);
+    });
+}
+
+// kRows rows of a against kPanel columns: hands every vector of products to store(row, its first column, products).
+template <class Store>
+VITOK_INLINE void product(const float* a, const float* panel, int64_t depth, Store&& store) {
+    Lanes sum[kRows][kWide];
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int w = 0; w < kWide; ++w) sum[r][w] = lanes_set(0.0f);
+    multiply<Singles>(a, kRowStride, 1, panel, kPanel, depth, sum);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int w = 0; w < kWide; ++w) store(r, w * kLanes, sum[r][w]);
+}
+
+// Queries start .. start + kQueries - 1 with keys block .. block + kKeys - 1: adds to dq, or to dk and dv, or to all three.
+void pair(const AttentionBackward& g, const Interval* seen, const Head& head, int64_t start, int64_t block, bool want_q,
+          bool want_kv, Blocks& local) {
+    const int64_t width = g.width(), stride = g.padded_width();
+    const int64_t stop = smaller(start + kQueries, g.tokens()), tiles = ceil_div(stop - start, kRows);
+    const int64_t first = larger(block, round_down(seen[start].begin, kStep));
+    const int64_t last = smaller(block + kKeys, ceil_div(seen[stop - 1].end, kStep) * kStep);
+    if (first >= last) return;
+    const float root = 1.0f / __builtin_sqrtf(static_cast<float>(width));
+    const Lanes scale = lanes_set(root), scale_log2 = lanes_set(root * kLog2e);
+    for (int64_t i = 0; i < tiles * kRows; ++i) {
+        for (int64_t e = 0; e < stride; e += kLanes) {
+            lanes_store(local.q + i * kRowStride + e, lanes_load(head.q + (start + i) * stride + e));
+            lanes_store(local.grad + i * kRowStride + e, lanes_load(head.grad + (start + i) * stride + e));
+        }
+    }
+    for (int64_t t = 0; t < tiles * kRows; t += kRows) {
+        float* const weights = local.weights + t * kBlockStride;
+        float* const scores = local.scores + t * kBlockStride;
+        const float* const lse = head.lse + start + t;
+        const float* const delta = head.delta + start + t;
+        for (int64_t j = first; j < last; j += kPanel) {
+            product(local.q + t * kRowStride, head.key_panels + j * width, width, [&](int r, int column, Lanes sum) {
+                const Lanes weight = exp2_weight(lanes_fma(sum, scale_log2, lanes_set(-lse[r])));
+                lanes_store(weights + r * kBlockStride + j - first + column, weight);
+            });
+            product(local.grad + t * kRowStride, head.value_panels + j * width, width, [&](int r, int column, Lanes sum) {
+                const int64_t at = r * kBlockStride + j - first + column;
+                lanes_store(scores + at, (sum - lanes_set(delta[r])) * scale * lanes_load(weights + at));
+            });
+        }
+        const int64_t final = smaller(start + t + kRows, stop) - 1;
+        if (first < seen[final].begin || last > seen[start + t].end) {
+            for (int64_t r = 0; r < kRows; ++r) {
+                const Interval keys = seen[smaller(start + t + r, final)];
+                const int64_t begin = smaller(larger(keys.begin, first), last) - first;
+                const int64_t end = smaller(larger(keys.end, first + begin), last) - first;
+                const auto clear = [&](int64_t j) { weights[r * kBlockStride + j] = scores[r * kBlockStride + j] = 0.0f; };
+                for (int64_t j = 0; j < begin; ++j) clear(j);
+                for (int64_t j = end; j < last - first; ++j) clear(j);
+            }
+        }
+        if (want_q)
+            accumulate<false>(scores, head.k + first * stride, last - first, stride, head.dq + (start + t) * stride);
+    }
+    if (!want_kv) return;
+    for (int64_t j = first; j < last; j += kRows) {
+        accumulate<true>(local.weights + j - first, head.grad + start * stride, stop - start, stride, head.dv + j * stride);
+        accumulate<true>(local.scores + j - first, head.q + start * stride, stop - start, stride, head.dk + j * stride);
+    }
+}
+
+// a . b of kLanes rows. Summed in the order of the micro-kernel, so that a query which sees one key has a score gradient of
+// 0 to the last bit: out is v then, and delta the product of grad and v.
+VITOK_INLINE Lanes row_products(const float* a, const float* b, int64_t width) {
+    Lanes sum = lanes_set(0.0f);
+    for (int64_t e = 0; e < width; e += kLanes) {
+        Lanes x[kLanes], y[kLanes];
+        for (int r = 0; r < kLanes; ++r) {
+            x[r] = lanes_load(a + r * kRowStride + e);
+            y[r] = lanes_load(b + r * kRowStride + e);
+        }
+        turn(x);
+        turn(y);
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j)
+            if (e + j < width) sum = lanes_fma(x[j], y[j], sum);
+    }
+    return sum;
+}
+
+// kTokenPadding tokens of a head, from `first` on: what the products read, and zeros where they add up.
+template <class T>
+void pack(const AttentionBackward& g, const Transform& transform_q, const Transform& transform_k, const Head& head,
+          int64_t b, int64_t h, int64_t first) {
+    const int64_t tokens = g.tokens(), width = g.width(), stride = g.padded_width();
+    for (int64_t j = first; j < first + kTokenPadding; j += kPanel) {
+        pack_panel<Singles>(j, tokens, width, head.key_panels + j * width, head.k, [&](int64_t token, float* to) {
+            transform_k(head_row<T>(g, b, token, 1, h), token, to);
+        });
+        pack_panel<Singles>(j, tokens, width, head.value_panels + j * width, nullptr, [&](int64_t token, float* to) {
+            widen_row(head_row<T>(g, b, token, 2, h), width, to);
+        });
+    }
+    alignas(64) float grads[kLanes * kRowStride], outs[kLanes * kRowStride];
+    for (int64_t i = first; i < first + kTokenPadding; ++i) {
+        float* const grad = grads + (i - first) % kLanes * kRowStride;
+        float* const out = outs + (i - first) % kLanes * kRowStride;
+        zero_row(width, head.dq + i * stride);
+        zero_row(width, head.dk + i * stride);
+        zero_row(width, head.dv + i * stride);
+        head.lse[i] = kHighest;  // of a row that sees no key: its weights are 0
+        if (i < tokens) {
+            transform_q(head_row<T>(g, b, i, 0, h), i, head.q + i * stride);
+            const T* const from = static_cast<const T*>(g.grad);
+            widen_row(from + b * g.grad_strides[0] + i * g.grad_strides[1] + h * g.grad_strides[2], width, grad);
+            widen_row(static_cast<const T*>(g.out) + ((b * tokens + i) * g.heads() + h) * width, width, out);
+            const float lse = static_cast<const float*>(g.lse)[(b * g.heads() + h) * tokens + i];
+            if (lse != -__builtin_inff()) head.lse[i] = lse * kLog2e;
+        } else {
+            zero_row(width, head.q + i * stride);
+            zero_row(width, grad);
+            zero_row(width, out);
+        }
+        narrow_row(grad, stride, head.grad + i * stride);
+        if ((i + 1) % kLanes == 0) lanes_store(head.delta + i + 1 - kLanes, row_products(grads, outs, width));
+    }
+}
+
+// The gradient of one row of q or k, back through rotation and norm; adds the row's part of the weight's gradient.
+template <class T>
+void untransform(const Transform& transform, const T* from, int64_t token, float* grad, float* partial, T* to) {
+    const int64_t width = transform.width;
+    if (transform.table) transform.rotate(grad, token, -1.0f);
+    if (transform.norm) {
+        alignas(64) float x[kRowStride];
+        widen_row(from, width, x);
+        const float rstd = transform.rstd(x);
+        const Lanes scale = lanes_set(rstd);
+        Lanes products = lanes_set(0.0f);
+        for (int64_t e = 0; e < padded(width); e += kLanes) {
+            const Lanes unit = lanes_load(x + e) * scale, part = lanes_load(grad + e) * unit;
+            lanes_store(partial + e, lanes_load(partial + e) + part);
+            lanes_store(x + e, unit);
+            products = lanes_fma(part, lanes_load(transform.weight + e), products);
+        }
+        const Lanes mean = lanes_set(lanes_sum(products) / static_cast<float>(width));
+        for (int64_t e = 0; e < padded(width); e += kLanes) {
+            const Lanes weighted = lanes_load(grad + e) * lanes_load(transform.weight + e);
+            lanes_store(grad + e, (weighted - lanes_load(x + e) * mean) * scale);
+        }
+    }
+    narrow_row(grad, width, to);
+}
+
+// The tokens of one stretch: their gradients, and their part of the weights' gradients in `partial` [2][padded width].
+template <class T>
+void finish(const AttentionBackward& g, const Transform& transform_q, const Transform& transform_k, const Head& head,
+            int64_t b, int64_t h, int64_t first, float* partial) {
+    const int64_t width = g.width(), stride = g.padded_width(), between = g.heads() * width;
+    if (partial) zero_row(stride, partial), zero_row(stride, partial + stride);
+    for (int64_t i = first; i < smaller(first + kTokenPadding, g.tokens()); ++i) {
+        T* const to = static_cast<T*>(g.dqkv) + ((b * g.tokens() + i) * 3 * g.heads() + h) * width;
+        untransform(transform_q, head_row<T>(g, b, i, 0, h), i, head.dq + i * stride, partial, to);
+        untransform(transform_k, head_row<T>(g, b, i, 1, h), i, head.dk + i * stride, partial ? partial + stride : nullptr,
+                    to + between);
+        narrow_row(head.dv + i * stride, width, to + 2 * between);
+    }
+}
+
+// A weight's gradient: its partial sums in the order of heads and stretches.
+void sum_partials(const AttentionBackward& g, const float* partials, void* to) {
+    const int64_t count = g.batch() * g.heads() * g.stretches(), stride = g.padded_width();
+    with_float(g.weight_dtype, [&](auto zero) {
+        using W = decltype(zero);
+        for (int64_t e = 0; e < g.width(); ++e) {
+            float sum = 0.0f;
+            for (int64_t part = 0; part < count; ++part) sum += partials[part * 2 * stride + e];
+            narrow(static_cast<compute_t<W>>(sum), static_cast<W*>(to)[e]);
+        }
+    });
+}
+
+template <class T>
+void backward(const AttentionBackward& g) {
+    const Scratch scratch(g);
+    const int64_t tokens = g.tokens(), heads = g.batch() * g.heads(), slots = smaller(g.slots, heads);
+    const int64_t stretches = g.stretches(), padding = g.padded_tokens(), stride = g.padded_width();
+    float* const statistics = scratch.matrix<float>(g, AttentionBackward::kMatrices * g.slots);
+    float* const partials = g.q_weight ? statistics + g.slots * 2 * padding : nullptr;
+    fill_intervals(g, scratch.keys);
+    [[maybe_unused]] const bool parallel = heads * tokens * g.width() >= kParallelProducts / larger(tokens, 1);
+
+#if defined(_OPENMP)
+#pragma omp parallel if (parallel)
+#endif
+    {
+        const Team team = Team::current();
+        const Transform transform_q(g, g.q_weight), transform_k(g, g.k_weight);
+        Blocks local;
+        const auto head_of = [&](int64_t slot) {
+            const auto matrix = [&](int64_t i) { return scratch.matrix<float>(g, AttentionBackward::kMatrices * slot + i); };
+            return Head{matrix(0), matrix(1), matrix(2), matrix(3), matrix(4), matrix(5), matrix(6), matrix(7),
+                        statistics + 2 * slot * padding, statistics + (2 * slot + 1) * padding};
+        };
+        for (int64_t wave = 0; wave < heads; wave += slots) {
+            const int64_t count = smaller(slots, heads - wave);
+            const Interval pieces = team.share(count * stretches);
+            for (int64_t piece = pieces.begin; piece < pieces.end; ++piece) {
+                const int64_t head = wave + piece / stretches;
+                pack<T>(g, transform_q, transform_k, head_of(piece / stretches), head / g.heads(), head % g.heads(),
+                        piece % stretches * kTokenPadding);
+            }
+            team.barrier();
+            if (count >= team.threads) {
+                const Interval mine = team.share(count);
+                for (int64_t slot = mine.begin; slot < mine.end; ++slot)
+                    for (int64_t key = 0; key < tokens; key += kKeys)
+                        for (int64_t query = 0; query < tokens; query += kQueries)
+                            pair(g, scratch.keys, head_of(slot), query, key, true, true, local);
+            } else {
+                // Round robin, because under a causal mask the blocks of a head have less and less, or more and more, to do.
+                const int64_t key_blocks = ceil_div(tokens, kKeys), query_blocks = ceil_div(tokens, kQueries);
+                for (int64_t item = team.thread; item < count * key_blocks; item += team.threads) {
+                    const int64_t slot = item / key_blocks, key = item % key_blocks * kKeys;
+                    for (int64_t query = 0; query < tokens; query += kQueries)
+                        pair(g, scratch.keys, head_of(slot), query, key, false, true, local);
+                }
+                for (int64_t item = team.thread; item < count * query_blocks; item += team.threads) {
+                    const int64_t slot = item / query_blocks, query = item % query_blocks * kQueries;
+                    for (int64_t key = 0; key < tokens; key += kKeys)
+                        pair(g, scratch.keys, head_of(slot), query, key, true, false, local);
+                }
+            }
+            team.barrier();
+            for (int64_t piece = pieces.begin; piece < pieces.end; ++piece) {
+                const int64_t head = wave + piece / stretches, stretch = piece % stretches;
+                float* const partial = partials ? partials + (head * stretches + stretch) * 2 * stride : nullptr;
+                finish<T>(g, transform_q, transform_k, head_of(piece / stretches), head / g.heads(), head % g.heads(),
+                          stretch * kTokenPadding, partial);
+            }
+            team.barrier();
+        }
+    }
+    if (partials) {
+        sum_partials(g, partials, g.dq_weight);
+        sum_partials(g, partials + stride, g.dk_weight);
+    }
+}
+
+// The same for one row of q or k in float64; `row` holds the gradient, `partial` the sum of the weight's.
+void untransform_float64(const AttentionBackward& g, const void* weights, const double* from, int64_t token, double* row,
+                         double* partial, double* to) {
+    const int64_t width = g.width(), half = width / 2;
+    if (g.table) {
+        const double* const c = static_cast<const double*>(g.table) + token * half;
+        const double* const s = c + g.tokens() * half;
+        for (int64_t i = 0; i < half; ++i) {
+            const double a = row[i], b = row[i + half];
+            row[i] = a * c[i] + b * s[i];
+            row[i + half] = b * c[i] - a * s[i];
+        }
+    }
+    if (!weights) {
+        for (int64_t e = 0; e < width; ++e) to[e] = row[e];
+        return;
+    }
+    const double rstd = 1.0 / __builtin_sqrt(dot_float64(from, from, width) / static_cast<double>(width) + g.eps);
+    with_float(g.weight_dtype, [&](auto zero) {
+        const auto* const weight = static_cast<const decltype(zero)*>(weights);
+        double mean = 0.0;
+        for (int64_t e = 0; e < width; ++e) {
+            partial[e] += row[e] * from[e] * rstd;
+            mean += row[e] * static_cast<double>(widen(weight[e])) * from[e] * rstd;
+        }
+        mean /= static_cast<double>(width);
+        for (int64_t e = 0; e < width; ++e)
+            to[e] = (row[e] * static_cast<double>(widen(weight[e])) - from[e] * rstd * mean) * rstd;
+    });
+}
+
+// In float64, row by row: for gradient checks, not for speed.
+void backward_float64(const AttentionBackward& g) {
+    const Scratch scratch(g);
+    const int64_t tokens = g.tokens(), width = g.width(), stride = g.padded_width(), between = g.heads() * width;
+    const double scale = 1.0 / __builtin_sqrt(static_cast<double>(width));
+    double* const q = scratch.matrix<double>(g, 0);
+    double* const k = scratch.matrix<double>(g, 1);
+    double* const dq = scratch.matrix<double>(g, 2);
+    double* const dk = scratch.matrix<double>(g, 3);
+    double* const dq_weight = scratch.matrix<double>(g, 4);
+    double* const dk_weight = scratch.matrix<double>(g, 5);
+    fill_intervals(g, scratch.keys);
+    for (int64_t e = 0; e < width; ++e) dq_weight[e] = dk_weight[e] = 0.0;
+    for (int64_t head = 0; head < g.batch() * g.heads(); ++head) {
+        const int64_t b = head / g.heads(), h = head % g.heads();
+        const auto target = [&](int64_t i) {
+            return static_cast<double*>(g.dqkv) + ((b * tokens + i) * 3 * g.heads() + h) * width;
+        };
+        for (int64_t i = 0; i < tokens; ++i) {
+            transform_float64(g, g.q_weight, head_row<double>(g, b, i, 0, h), i, q + i * stride);
+            transform_float64(g, g.k_weight, head_row<double>(g, b, i, 1, h), i, k + i * stride);
+            for (int64_t e = 0; e < width; ++e) dq[i * stride + e] = dk[i * stride + e] = target(i)[2 * between + e] = 0.0;
+        }
+        for (int64_t i = 0; i < tokens; ++i) {
+            const double* const grad = static_cast<const double*>(g.grad) + b * g.grad_strides[0] + i * g.grad_strides[1] +
+                                       h * g.grad_strides[2];
+            const double* const out = static_cast<const double*>(g.out) + ((b * tokens + i) * g.heads() + h) * width;
+            const double delta = dot_float64(grad, out, width), lse = static_cast<const double*>(g.lse)[head * tokens + i];
+            for (int64_t j = scratch.keys[i].begin; j < scratch.keys[i].end; ++j) {
+                const double weight = __builtin_exp(scale * dot_float64(q + i * stride, k + j * stride, width) - lse);
+                const double score = weight * (dot_float64(grad, head_row<double>(g, b, j, 2, h), width) - delta) * scale;
+                for (int64_t e = 0; e < width; ++e) {
+                    target(j)[2 * between + e] += weight * grad[e];
+                    dq[i * stride + e] += score * k[j * stride + e];
+                    dk[j * stride + e] += score * q[i * stride + e];
+                }
+            }
+        }
+        for (int64_t i = 0; i < tokens; ++i) {
+            untransform_float64(g, g.q_weight, head_row<double>(g, b, i, 0, h), i, dq + i * stride, dq_weight, target(i));
+            untransform_float64(g, g.k_weight, head_row<double>(g, b, i, 1, h), i, dk + i * stride, dk_weight,
+                                target(i) + between);
+        }
+    }
+    if (!g.q_weight) return;
+    with_float(g.weight_dtype, [&](auto zero) {
+        using W = decltype(zero);
+        for (int64_t e = 0; e < width; ++e) {
+            narrow(static_cast<compute_t<W>>(dq_weight[e]), static_cast<W*>(g.dq_weight)[e]);
+            narrow(static_cast<compute_t<W>>(dk_weight[e]), static_cast<W*>(g.dk_weight)[e]);
+        }
+    });
+}
+
+}  // namespace
+
+void attention_backward(const AttentionBackward& g) {
+    switch (g.dtype) {
+        case DType::float16: return backward<f16>(g);
+        case DType::bfloat16: return backward<bf16>(g);
+        case DType::float32: return backward<float>(g);
+        case DType::float64: return backward_float64(g);
+        case DType::uint8: return;
+    }
+}
+
+}  // namespace VITOK_ISA
+}  // namespace vitok

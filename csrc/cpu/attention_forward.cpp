@@ -1,0 +1,327 @@
+// The forward of common/attention.h on the CPU: blocked, with running maxima and sums, memory linear in the length.
+//
+// Heads are taken `slots` at a time. First all threads pack their keys and values: k is normalised, rotated and transposed
+// to panels [depth][kPanel], v widened (or, with bf16 dot products, interleaved by pairs of keys). Then all threads share
+// the blocks of queries. Both products run through the same micro-kernel; a block of scores never leaves the first-level cache.
+#include "attention.h"
+
+namespace vitok {
+namespace VITOK_ISA {
+namespace {
+
+constexpr int64_t kQueries = 48;  // of a work item
+constexpr int64_t kKeys = 384;    // between two updates of the running maxima; a block of scores is 19 KB
+constexpr int64_t kScoreStride = kKeys + 16;
+constexpr float kLowest = -0x1.fffffep127f, kLn2 = 0x1.62e43p-1f;
+static_assert(kKeys % kPanel == 0 && kQueries % kRows == 0, "blocks divide evenly");
+// One number a row, in whole vectors.
+constexpr int kRowVectors = (kRows + kLanes - 1) / kLanes;
+
+// The packed keys and values of a head.
+template <class Dot>
+struct Head {
+    typename Dot::Unit* keys;    // [panel][depth][kPanel]
+    typename Dot::Unit* values;  // [token / kElements][padded width]
+};
+
+// Running state of kRows queries: the largest raw score, the sum of weights lane by lane, and which keys are seen.
+struct Rows {
+    float top[kRowVectors * kLanes];
+    Lanes total[kRows];
+    Interval keys[kRows];
+};
+
+// v of one panel's keys, zeros past the end.
+template <class Dot, class T>
+void pack_values(const AttentionForward& g, int64_t b, int64_t h, int64_t first, typename Dot::Unit* to) {
+    const int64_t stride = g.padded_width();
+    const auto row = [&](int64_t token, float* out) {
+        if (token < g.tokens()) {
+            widen_row(head_row<T>(g, b, token, 2, h), g.width(), out);
+        } else {
+            zero_row(g.width(), out);
+        }
+    };
+    for (int64_t token = first; token < first + kPanel; token += Dot::kElements) {
+        if constexpr (Dot::kElements == 1) {
+            row(token, to + token * stride);
+        } else {
+#if defined(VITOK_BF16_DOT)
+            alignas(64) float even[kRowStride], odd[kRowStride];
+            row(token, even);
+            row(token + 1, odd);
+            for (int64_t i = 0; i < stride; i += kLanes) {
+                const IntLanes low = lanes_bits(lanes_load(even + i)), high = lanes_bits(lanes_load(odd + i));
+                const IntLanes pairs = (low >> 16 & 0xffff) | (high & static_cast<int32_t>(0xffff0000u));
+                memcpy(to + token / 2 * stride + i, &pairs, sizeof pairs);
+            }
+#endif
+        }
+    }
+}
+
+// Raw scores of kRows queries with the keys from `first` to `last`, both panel-aligned, and each row's largest.
+template <class Dot>
+VITOK_INLINE void score(const typename Dot::Unit* queries, const Head<Dot>& head, int64_t depth, int64_t first, int64_t last,
+                        float* scores, Lanes (&largest)[kRows]) {
+    for (int r = 0; r < kRows; ++r) largest[r] = lanes_set(kLowest);
+    for (int64_t panel = first; panel < last; panel += kPanel) {
+        Lanes sum[kRows][kWide];
+        for (int r = 0; r < kRows; ++r)
+            for (int w = 0; w < kWide; ++w) sum[r][w] = lanes_set(0.0f);
+        multiply<Dot>(queries, kRowStride, 1, head.keys + panel * depth, kPanel, depth, sum);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+            for (int w = 0; w < kWide; ++w) {
+                lanes_store(scores + r * kScoreStride + panel - first + w * kLanes, sum[r][w]);
+                largest[r] = lanes_max(sum[r][w], largest[r]);
+            }
+        }
+    }
+}
+
+// Takes out the keys that a row does not see.
+__attribute__((noinline)) void mask(const Rows& rows, int64_t first, int64_t last, float* scores, Lanes (&largest)[kRows]) {
+    const float lowest = -__builtin_inff();
+    for (int r = 0; r < kRows; ++r) {
+        float* const row = scores + r * kScoreStride;
+        const int64_t begin = smaller(larger(rows.keys[r].begin, first), last) - first;
+        const int64_t end = smaller(larger(rows.keys[r].end, first + begin), last) - first;
+        for (int64_t j = 0; j < begin; ++j) row[j] = lowest;
+        for (int64_t j = end; j < last - first; ++j) row[j] = lowest;
+        largest[r] = lanes_set(kLowest);
+        for (int64_t j = 0; j < last - first; j += kLanes) largest[r] = lanes_max(lanes_load(row + j), largest[r]);
+    }
+}
+
+// Scores to weights 2^(scale (score - largest so far)); `correction` brings what was summed so far to the new maximum.
+template <class Dot>
+VITOK_INLINE void soften(Rows& rows, float scale, int64_t n, float* scores, const Lanes (&largest)[kRows],
+                         float (&correction)[kRowVectors * kLanes]) {
+    const Lanes factor = lanes_set(scale);
+    float top[kRowVectors * kLanes] = {};
+    for (int r = 0; r < kRows; ++r) {
+        const float found = largest_lane(largest[r]);
+        top[r] = found > rows.top[r] ? found : rows.top[r];
+    }
+    for (int r = 0; r < kRows; r += kLanes) {
+        lanes_store(correction + r, exp2_weight((lanes_load(rows.top + r) - lanes_load(top + r)) * factor));
+        lanes_store(rows.top + r, lanes_load(top + r));
+    }
+    for (int r = 0; r < kRows; ++r) {
+        const Lanes largest_score = lanes_set(top[r]);  // taken off first, so that its own weight is 1 to the last bit
+        Lanes total = lanes_set(0.0f);
+        float* const row = scores + r * kScoreStride;
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < n; j += Dot::kElements * kLanes) {
+            const Lanes low = exp2_weight((lanes_load(row + j) - largest_score) * factor);
+            total += low;
+            if constexpr (Dot::kElements == 1) {
+                lanes_store(row + j, low);
+            } else {
+#if defined(VITOK_BF16_DOT)
+                const Lanes high = exp2_weight((lanes_load(row + j + kLanes) - largest_score) * factor);
+                total += high;
+                _mm512_storeu_si512(row + j / 2, bf16_round(low, high));  // behind what is still to be read
+#endif
+            }
+        }
+        rows.total[r] = lanes_fma(rows.total[r], lanes_set(correction[r]), total);
+    }
+}
+
+// out = out * correction + weights . values
+template <class Dot>
+VITOK_INLINE void gather_values(const float* weights, const Head<Dot>& head, int64_t stride, int64_t first, int64_t last,
+                                const float* correction, float* out) {
+    using Unit = typename Dot::Unit;
+    for_groups(stride / kLanes, [&](auto constant, int64_t vector) {
+        constexpr int W = decltype(constant)::value;
+        Lanes sum[kRows][W];
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+            for (int w = 0; w < W; ++w)
+                sum[r][w] = lanes_load(out + r * kRowStride + (vector + w) * kLanes) * lanes_set(correction[r]);
+        const Unit* const values = head.values + first / Dot::kElements * stride + vector * kLanes;
+        multiply<Dot>(reinterpret_cast<const Unit*>(weights), kScoreStride, 1, values, stride,
+                      (last - first) / Dot::kElements, sum);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+            for (int w = 0; w < W; ++w) lanes_store(out + r * kRowStride + (vector + w) * kLanes, sum[r][w]);
+    });
+}
+
+// Queries first .. first + kQueries - 1 of one head.
+template <class Dot, class T>
+void attend(const AttentionForward& g, const Transform& transform, const Interval* seen, const Head<Dot>& head, int64_t b,
+            int64_t h, int64_t start) {
+    using Unit = typename Dot::Unit;
+    alignas(64) Unit queries[kQueries * kRowStride];
+    alignas(64) float out[kQueries * kRowStride];
+    alignas(64) float scores[kRows * kScoreStride];
+    alignas(64) float wide[kRowStride];
+    Rows rows[kQueries / kRows];
+    const int64_t tokens = g.tokens(), width = g.width(), stride = g.padded_width(), depth = width / Dot::kElements;
+    const int64_t stop = smaller(start + kQueries, tokens);
+    const int64_t tiles = ceil_div(stop - start, kRows);
+    const float scale = kLog2e / __builtin_sqrtf(static_cast<float>(width));
+
+    for (int64_t i = 0; i < tiles * kRows; ++i) {
+        Rows& tile = rows[i / kRows];
+        if (i % kRows == 0)
+            for (float& top : tile.top) top = kLowest;
+        tile.total[i % kRows] = lanes_set(0.0f);
+        tile.keys[i % kRows] = seen[smaller(start + i, stop - 1)];  // rows past the end repeat the last one's interval
+        if (start + i < stop) {
+            transform(head_row<T>(g, b, start + i, 0, h), start + i, wide);
+        } else {
+            zero_row(width, wide);
+        }
+        Dot::narrow_row(wide, stride, queries + i * kRowStride);
+        zero_row(width, out + i * kRowStride);
+    }
+
+    const int64_t end = seen[stop - 1].end;
+    for (int64_t block = round_down(seen[start].begin, kKeys); block < end; block += kKeys) {
+        for (int64_t t = 0; t < tiles; ++t) {
+            Rows& tile = rows[t];
+            const int64_t first = larger(block, round_down(tile.keys[0].begin, kPanel));
+            const int64_t last = smaller(block + kKeys, ceil_div(tile.keys[kRows - 1].end, kPanel) * kPanel);
+            if (first >= last) continue;
+            Lanes largest[kRows];
+            float correction[kRowVectors * kLanes];
+            score<Dot>(queries + t * kRows * kRowStride, head, depth, first, last, scores, largest);
+            if (first < tile.keys[kRows - 1].begin || last > tile.keys[0].end) mask(tile, first, last, scores, largest);
+            soften<Dot>(tile, scale, last - first, scores, largest, correction);
+            gather_values<Dot>(scores, head, stride, first, last, correction, out + t * kRows * kRowStride);
+        }
+    }
+
+    T* const target = static_cast<T*>(g.out);
+    for (int64_t i = start; i < stop; ++i) {
+        const Rows& tile = rows[(i - start) / kRows];
+        const float total = lanes_sum(tile.total[(i - start) % kRows]);
+        const float top = tile.top[(i - start) % kRows];
+        const Lanes inverse = lanes_set(total == 0.0f ? 0.0f : 1.0f / total);
+        float* const row = out + (i - start) * kRowStride;
+        for (int64_t e = 0; e < width; e += kLanes) lanes_store(row + e, lanes_load(row + e) * inverse);
+        narrow_row(row, width, target + ((b * tokens + i) * g.heads() + h) * width);
+        if (g.lse)
+            static_cast<float*>(g.lse)[(b * g.heads() + h) * tokens + i] =
+                total == 0.0f ? -__builtin_inff() : top * scale * kLn2 + __builtin_logf(total);
+    }
+}
+
+// In float64, row by row: for gradient checks, not for speed.
+void forward_float64(const AttentionForward& g) {
+    const Scratch scratch(g);
+    const int64_t tokens = g.tokens(), width = g.width(), stride = g.padded_width(), heads = g.batch() * g.heads();
+    const double scale = 1.0 / __builtin_sqrt(static_cast<double>(width));
+    fill_intervals(g, scratch.keys);
+    for (int64_t head = 0; head < heads; ++head) {
+        const int64_t b = head / g.heads(), h = head % g.heads();
+        double* const q = scratch.matrix<double>(g, 0);
+        double* const k = scratch.matrix<double>(g, 1);
+        for (int64_t i = 0; i < tokens; ++i) {
+            transform_float64(g, g.q_weight, head_row<double>(g, b, i, 0, h), i, q + i * stride);
+            transform_float64(g, g.k_weight, head_row<double>(g, b, i, 1, h), i, k + i * stride);
+        }
+        for (int64_t i = 0; i < tokens; ++i) {
+            const Interval seen = scratch.keys[i];
+            double* const out = static_cast<double*>(g.out) + ((b * tokens + i) * g.heads() + h) * width;
+            double top = -__builtin_inf(), total = 0.0;
+            for (int64_t e = 0; e < width; ++e) out[e] = 0.0;
+            for (int64_t j = seen.begin; j < seen.end; ++j) {
+                const double score = scale * dot_float64(q + i * stride, k + j * stride, width);
+                top = score > top ? score : top;
+            }
+            for (int64_t j = seen.begin; j < seen.end; ++j) {
+                const double* const v = head_row<double>(g, b, j, 2, h);
+                const double weight = __builtin_exp(scale * dot_float64(q + i * stride, k + j * stride, width) - top);
+                total += weight;
+                for (int64_t e = 0; e < width; ++e) out[e] += weight * v[e];
+            }
+            for (int64_t e = 0; e < width; ++e) out[e] = total == 0.0 ? 0.0 : out[e] / total;
+            if (g.lse) static_cast<double*>(g.lse)[head * tokens + i] = top + __builtin_log(total);
+        }
+    }
+}
+
+template <class Dot, class T>
+void forward(const AttentionForward& g) {
+    using Unit = typename Dot::Unit;
+    const Scratch scratch(g);
+    const int64_t tokens = g.tokens(), heads = g.batch() * g.heads(), slots = smaller(g.slots, heads);
+    const int64_t panels = ceil_div(tokens, kPanel), blocks = ceil_div(tokens, kQueries);
+    fill_intervals(g, scratch.keys);
+    // The work of a block of queries, in keys; the same for every head.
+    const auto cost = [&](int64_t block) {
+        const int64_t last = smaller((block + 1) * kQueries, tokens) - 1;
+        return scratch.keys[last].end - scratch.keys[block * kQueries].begin + kPanel;
+    };
+    int64_t head_cost = 0;
+    for (int64_t block = 0; block < blocks; ++block) head_cost += cost(block);
+    [[maybe_unused]] const bool parallel =
+        heads * blocks > 1 && heads * head_cost * g.width() >= kParallelProducts / kQueries;
+
+#if defined(_OPENMP)
+#pragma omp parallel if (parallel)
+#endif
+    {
+        const Team team = Team::current();
+        const Transform transform_q(g, g.q_weight), transform_k(g, g.k_weight);
+        const auto head_of = [&](int64_t slot) {
+            return Head<Dot>{scratch.matrix<Unit>(g, 2 * slot), scratch.matrix<Unit>(g, 2 * slot + 1)};
+        };
+        for (int64_t wave = 0; wave < heads; wave += slots) {
+            const int64_t count = smaller(slots, heads - wave);
+            const Interval pieces = team.share(count * panels);
+            for (int64_t piece = pieces.begin; piece < pieces.end; ++piece) {
+                const int64_t slot = piece / panels, first = piece % panels * kPanel;
+                const int64_t b = (wave + slot) / g.heads(), h = (wave + slot) % g.heads();
+                const Head<Dot> head = head_of(slot);
+                const int64_t depth = g.width() / Dot::kElements;
+                pack_panel<Dot>(first, tokens, g.width(), head.keys + first * depth, nullptr, [&](int64_t token, float* to) {
+                    transform_k(head_row<T>(g, b, token, 1, h), token, to);
+                });
+                pack_values<Dot, T>(g, b, h, first, head.values);
+            }
+            team.barrier();
+            // Blocks in order of cost so far: a thread takes those that begin within its part of the sum.
+            const int64_t total = count * head_cost;
+            const int64_t from = total / team.threads * team.thread;
+            const int64_t to = team.thread + 1 == team.threads ? total : total / team.threads * (team.thread + 1);
+            for (int64_t slot = from / head_cost; slot < count && slot * head_cost < to; ++slot) {
+                int64_t before = slot * head_cost;
+                for (int64_t block = 0; block < blocks; before += cost(block++)) {
+                    if (before < from || before >= to) continue;
+                    attend<Dot, T>(g, transform_q, scratch.keys, head_of(slot), (wave + slot) / g.heads(),
+                                   (wave + slot) % g.heads(), block * kQueries);
+                }
+            }
+            team.barrier();
+        }
+    }
+}
+
+}  // namespace
+
+void attention_forward(const AttentionForward& g) {
+    switch (g.dtype) {
+        case DType::float16: return forward<Singles, f16>(g);
+        case DType::float32: return forward<Singles, float>(g);
+#if defined(VITOK_BF16_DOT)
+        case DType::bfloat16: return forward<Pairs, bf16>(g);
+#else
+        case DType::bfloat16: return forward<Singles, bf16>(g);
+#endif
+        case DType::float64: return forward_float64(g);
+        case DType::uint8: return;
+    }
+}
+
+}  // namespace VITOK_ISA
+}  // namespace vitok
