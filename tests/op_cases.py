@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitok import ops
+from vitok import _native, ops
+from vitok.ops import _triton
 
 
 class Sample(NamedTuple):
@@ -155,23 +156,63 @@ def in_float64(given: Sample) -> Sample:
     return Sample(given.op, given.dtype, *parts, given.grad_layout)
 
 
-def evaluate(given: Sample, impl: str) -> dict[str, Tensor]:
-    """Outputs and gradients by name. The incoming gradients are the same for every implementation and device."""
+def incoming(given: Sample, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A gradient for every floating-point output, the same for every implementation and device."""
+    seeds = {}
+    for n, (name, x) in enumerate(outputs.items()):
+        if name.startswith("output") and x.is_floating_point():
+            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(100 + n)).to(given.dtype)
+            layout = LAYOUTS[given.grad_layout] if x.dim() else LAYOUTS["packed"]
+            seeds[name] = layout(noise.to(x.device, x.dtype))
+    return seeds
+
+
+def evaluate(given: Sample, impl: str, seeds: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Outputs and gradients by name; `seeds` are the incoming gradients, by default those of `incoming`."""
     leaves = {name: x if x is None else x.detach() for name, x in given.tensors.items()}
     floats = {name: x.requires_grad_() for name, x in leaves.items() if x is not None and x.is_floating_point()}
     made = getattr(ops, given.op)(**leaves, **given.constants, **given.options, impl=impl)
     outputs = {f"output {n}": x for n, x in enumerate(made if isinstance(made, tuple) else (made,))}
-    differentiable = [x for x in outputs.values() if x.requires_grad]
     found = {name: x.detach() for name, x in outputs.items()}
+    differentiable = {name: x for name, x in outputs.items() if x.requires_grad}
     if differentiable:
-        seeds = []
-        for n, x in enumerate(differentiable):
-            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(100 + n)).to(given.dtype)
-            layout = LAYOUTS[given.grad_layout] if x.dim() else LAYOUTS["packed"]
-            seeds.append(layout(noise.to(x.device, x.dtype)))
-        grads = torch.autograd.grad(differentiable, list(floats.values()), seeds, allow_unused=True)
+        seeds = incoming(given, found) if seeds is None else seeds
+        grads = torch.autograd.grad(
+            list(differentiable.values()),
+            list(floats.values()),
+            [seeds[name] for name in differentiable],
+            allow_unused=True,
+        )
         found |= {f"gradient of {n}": x for n, x in zip(floats, grads, strict=True) if x is not None}
     return found
+
+
+def unavailable(op: str, impl: str, device: str) -> str:
+    """Why this machine cannot run an implementation, or ""; only then may a test of it be skipped."""
+    if impl == "native" and _native.library() is None:
+        return f"no native library: {_native.reason()}"
+    if impl == "native" and device == "cuda":
+        return (
+            "attention has no native CUDA kernel"
+            if op == "attention"
+            else _native.refuses(torch.empty(0, device=device))
+        )
+    if impl == "triton":
+        return _triton.MISSING or _triton.refuses(torch.empty(0, device=device))
+    return ""
+
+
+def compare(given: Sample, impl: str, judge: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+    """`judge` every output and gradient of an implementation by the eager composition and float64."""
+    found, baseline = evaluate(given, impl), evaluate(given, "reference")
+    oracle = evaluate(in_float64(given), "reference")
+    assert found.keys() == baseline.keys() == oracle.keys()
+    for name, x in oracle.items():
+        print(name, end=": ")
+        if x.numel():
+            judge(found[name].cpu(), baseline[name].cpu(), x.double())
+        else:
+            assert found[name].shape == x.shape
 
 
 # What differs from one case to the next, op by op. Small enough for the sanitizers, with the odd sizes that occur.
