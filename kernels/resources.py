@@ -67,38 +67,158 @@ class Launch(NamedTuple):
 
 
 def differentiated(op: Callable[..., Any], *tensors: Tensor | None, **options: Any) -> None:
-    """Forward and backward of an op through Triton, with a gradient for every tensor that can have one."""
+    """Forward and backward of an op through Triton, with a gradient for each of `tensors` that can have one."""
     leaves = [x.requires_grad_() for x in tensors if x is not None and x.is_floating_point()]
     outputs = op(*tensors, impl="triton", **options)
     outputs = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x.requires_grad]
     torch.autograd.grad(outputs, leaves, [torch.zeros_like(x) for x in outputs], allow_unused=True)
 
 
-def short(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8"}[dtype]
+DTYPES = {"u8": torch.uint8, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def norm_cases() -> Iterator[Case]:
+    from vitok.ops import add_norm, norm
+
+    def alone(dtype: str, width: int, kind: str, bias: bool, parameters: str | None) -> Case:
+        def run() -> None:
+            x = torch.zeros(8, 256, width, dtype=DTYPES[dtype])
+            weight = None if parameters is None else torch.ones(width, dtype=DTYPES[parameters])
+            differentiated(norm, x, weight, torch.ones_like(weight) if bias else None, kind=kind, eps=1e-6)
+
+        return Case(f"{dtype} {kind} {width}, weight {parameters}{', bias' * bias}", run)
+
+    def added(dtype: str, width: int, kind: str, bias: bool, scale: bool, parameters: str) -> Case:
+        def run() -> None:
+            x, residual = torch.zeros(2, 8, 256, width, dtype=DTYPES[dtype]).unbind()
+            weight, shift, factor = torch.ones(3, width, dtype=DTYPES[parameters]).unbind()
+            tensors = (x, residual, weight, shift if bias else None)
+
+            def op(*tensors: Tensor, scale: Tensor | None = None, **options: Any) -> Any:
+                return add_norm(*tensors, scale=scale, kind=kind, eps=1e-6, **options)
+
+            differentiated(op, *tensors, scale=factor.requires_grad_() if scale else None)
+
+        return Case(f"{dtype} residual + {kind} {width}, weight {parameters}{', bias' * bias}{', scale' * scale}", run)
+
+    for width in (48, 96, 192, 384, 768, 1536, 2050, 3075, 8192):  # every power of two that a row is rounded up to
+        yield alone("bf16", width, "rms", False, "bf16")
+    for width in (768, 2050, 8192):
+        yield alone("bf16", width, "layer", True, "fp32")
+    yield alone("bf16", 768, "layer", False, None)
+    yield alone("fp32", 768, "rms", False, "fp32")
+    yield alone("fp16", 3075, "layer", True, "fp16")
+    for width in (768, 3075, 8192):
+        yield added("bf16", width, "rms", False, False, "bf16")
+        yield added("bf16", width, "layer", True, True, "fp32")
+
+
+def heads(dtype: str, head_dim: int, normed: bool, rotated: bool, length: int = 256) -> tuple[Any, dict[str, Any]]:
+    """A packed projection with its norm weights, and the table as an option."""
+    qkv = torch.zeros(8, length, 3, 12, head_dim, dtype=DTYPES[dtype])
+    q_weight, k_weight = torch.ones(2, head_dim, dtype=DTYPES[dtype]).unbind() if normed else (None, None)
+    table = torch.zeros(2, length, head_dim // 2) if rotated else None
+    return (qkv, q_weight, k_weight), {"table": table}
+
+
+def qk_norm_rope_cases() -> Iterator[Case]:
+    from vitok.ops import qk_norm_rope
+
+    def case(dtype: str, head_dim: int, normed: bool, rotated: bool) -> Case:
+        def run() -> None:
+            tensors, options = heads(dtype, head_dim, normed, rotated)
+            differentiated(qk_norm_rope, *tensors, **options)
+
+        return Case(f"{dtype} head_dim {head_dim}{', norm' * normed}{', rope' * rotated}", run)
+
+    for head_dim in (64, 72, 80, 96, 128, 256):
+        yield case("bf16", head_dim, True, True)
+        yield case("bf16", head_dim, False, True)
+    yield case("bf16", 64, True, False)
+    yield case("fp16", 72, True, True)
+    yield case("fp32", 64, True, True)
+
+
+def attention_cases() -> Iterator[Case]:
+    from vitok.ops import attention
+
+    def case(dtype: str, head_dim: int, label: str = "full", length: int = 256, **options: Any) -> Case:
+        fused = label == "norm, rope"
+        segments = options.pop("segments", None)
+
+        def run() -> None:
+            (qkv, *weights), table = heads(dtype, head_dim, fused, fused, length)
+            if segments:
+                options["cu_seqlens"] = torch.tensor(segments, dtype=torch.int32)
+                qkv = qkv[:1]
+            differentiated(attention, qkv, *weights, **table, **options)
+
+        # float32 products are exact ones, which no matrix unit computes
+        return Case(f"{dtype} head_dim {head_dim}, {label}", run, None if dtype == "fp32" else "wide mma")
+
+    for head_dim in (64, 72, 80, 96, 128):
+        yield case("bf16", head_dim)
+        yield case("bf16", head_dim, "norm, rope")
+    yield case("bf16", 256)
+    for head_dim in (64, 72):
+        yield case("bf16", head_dim, "window 32", window=32)
+        yield case("bf16", head_dim, "blocks of 64", causal_block=64)
+        yield case("bf16", head_dim, "segments", segments=(0, 100, 256))
+    yield case("bf16", 64, "257 tokens", length=257)
+    yield case("fp16", 64)
+    yield case("fp32", 64)
+    yield case("fp32", 128, "norm, rope")
+
+
+def gated_mlp_act_cases() -> Iterator[Case]:
+    from vitok.ops import gated_mlp_act
+
+    def case(dtype: str, hidden: int, gate: str) -> Case:
+        def run() -> None:
+            differentiated(gated_mlp_act, torch.zeros(8, 256, 2 * hidden, dtype=DTYPES[dtype]), gate=gate)
+
+        return Case(f"{dtype} {gate} {hidden}", run)
+
+    for gate in ("silu", "gelu"):
+        for hidden in (2048, 2050, 3075):
+            yield case("bf16", hidden, gate)
+    yield case("fp16", 2048, "silu")
+    yield case("fp32", 2048, "gelu")
+
+
+def pixels(dtype: str, q: int, size: int, planar: bool, batch: int = 2) -> Tensor:
+    """[B, 3q, size, size, 3], channels last or a view of a channels-first clip."""
+    clip = torch.zeros(batch, q, 3, size, size, dtype=DTYPES[dtype]).permute(0, 1, 3, 4, 2)
+    return clip if planar else clip.contiguous()
+
+
+def layout(planar: bool) -> str:
+    return "planar" if planar else "interleaved"
 
 
 def tubelet_gather_cases() -> Iterator[Case]:
     from vitok.ops import tubelet_gather
 
-    def case(source: torch.dtype, target: torch.dtype, q: int, p: int, pad: str, size: int, planar: bool) -> Case:
+    def case(source: str, target: str, q: int, p: int, pad: str, size: int, planar: bool) -> Case:
         def run() -> None:
-            pixels = torch.zeros(2, q, 3, size, size, dtype=source).permute(0, 1, 3, 4, 2)
-            pixels = pixels if planar else pixels.contiguous()
-            tubelet_gather(pixels, tubelet=(q, p), pad=pad, dtype=target, impl="triton")
+            clip = pixels(source, q, size, planar)
+            tubelet_gather(clip, tubelet=(q, p), pad=pad, dtype=DTYPES[target], impl="triton")
 
-        layout = "planar" if planar else "interleaved"
-        return Case(f"{short(source)}->{short(target)} {q}x{p} {pad} {size} {layout}", run)
+        return Case(f"{source}->{target} {q}x{p} {pad} {size} {layout(planar)}", run)
 
     for planar in (False, True):
-        yield case(torch.uint8, torch.bfloat16, 1, 16, "edge", 256, planar)
-        yield case(torch.uint8, torch.bfloat16, 4, 8, "zero", 128, planar)
-        yield case(torch.float32, torch.float16, 1, 16, "zero", 256, planar)
-        yield case(torch.bfloat16, torch.float32, 2, 3, "edge", 256, planar)
+        yield case("u8", "bf16", 1, 16, "edge", 256, planar)
+        yield case("u8", "bf16", 4, 8, "zero", 128, planar)
+        yield case("fp32", "fp16", 1, 16, "zero", 256, planar)
+        yield case("bf16", "fp32", 2, 3, "edge", 256, planar)
 
 
 # op -> its cases. Every tile that a launcher can choose belongs to one of them.
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "norm": norm_cases,
+    "qk_norm_rope": qk_norm_rope_cases,
+    "attention": attention_cases,
+    "gated_mlp_act": gated_mlp_act_cases,
     "tubelet_gather": tubelet_gather_cases,
 }
 
@@ -108,8 +228,6 @@ def recorder() -> Iterator[Callable[[str, Case, int], list[Launch]]]:
     """`record(op, case, arch)`: what the case would compile that no case before it did. Nothing is launched."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver, jit
-
-    from vitok.ops import _triton
 
     launches: list[Launch] = []
     current: list[Any] = []
@@ -139,15 +257,17 @@ def recorder() -> Iterator[Callable[[str, Case, int], list[Launch]]]:
         launches.clear()
         current[:] = op, case, arch
         capability = (arch // 10, arch % 10)
-        with mock.patch("torch.cuda.get_device_capability", lambda *_: capability):
+        properties = SimpleNamespace(multi_processor_count={80: 108, 90: 132}.get(arch, 148), major=capability[0])
+        with (
+            mock.patch("torch.cuda.get_device_capability", lambda *_: capability),
+            mock.patch("torch.cuda.get_device_properties", lambda *_: properties),
+            mock.patch.object(Tensor, "is_cuda", property(lambda _: True), create=True),  # launchers ask before these
+        ):
             case.run()
         return list(launches)
 
     driver.set_active(Driver())
-    with (
-        mock.patch.object(jit.JITFunction, "_do_compile", compile_nothing),
-        mock.patch.object(_triton, "refuses", lambda *_: ""),
-    ):
+    with mock.patch.object(jit.JITFunction, "_do_compile", compile_nothing):
         yield record
 
 
