@@ -213,6 +213,95 @@ def tubelet_gather_cases() -> Iterator[Case]:
         yield case("bf16", "fp32", 2, 3, "edge", 256, planar)
 
 
+def tubelet_embed_cases() -> Iterator[Case]:
+    from vitok.ops import tubelet_embed
+
+    def case(source: str, target: str, batch: int, q: int, p: int, pad: str, size: int, planar: bool) -> Case:
+        def run() -> None:
+            clip, elements = pixels(source, q, size, planar, batch), 3 * q * p * p
+            weight, bias = torch.zeros(768, elements, dtype=DTYPES[target]), torch.zeros(768, dtype=DTYPES[target])
+            differentiated(lambda *tensors, **options: tubelet_embed(clip, *tensors, **options), weight, bias,
+                           tubelet=(q, p), pad=pad)  # fmt: skip
+
+        demands = None if target == "fp32" else "mma"
+        return Case(f"{source}->{target} {q}x{p} {pad} {batch}x{size} {layout(planar)}", run, demands)
+
+    for batch in (1, 16):  # small and large tiles
+        for planar in (False, True):
+            yield case("u8", "bf16", batch, 1, 16, "edge", 256, planar)
+        yield case("bf16", "bf16", batch, 4, 8, "zero", 128, True)
+    yield case("u8", "fp16", 1, 1, 16, "zero", 250, False)
+    yield case("u8", "fp32", 1, 1, 16, "edge", 256, False)
+    yield case("fp32", "fp32", 1, 4, 8, "edge", 128, True)
+
+
+def tubelet_unembed_cases() -> Iterator[Case]:
+    from vitok.ops import tubelet_unembed
+
+    def case(dtype: str, batch: int, q: int, p: int, size: int, last: bool, to_bytes: bool) -> Case:
+        def run() -> None:
+            elements, frames = 3 * q * p * p, 1 if q == 1 else 3 * q
+            tokens = torch.zeros(batch, -(-frames // q) * (-(-size // p)) ** 2, 768, dtype=DTYPES[dtype])
+            weight, bias = (torch.zeros(elements, *more, dtype=DTYPES[dtype]) for more in ((768,), ()))
+            options = {"layout": "channels_last" if last else "channels_first", "tubelet": (q, p)}
+            if to_bytes:
+                tubelet_unembed(tokens, weight, bias, size=(frames, size, size), out_dtype=torch.uint8, impl="triton",
+                                **options)  # fmt: skip
+            else:
+                differentiated(tubelet_unembed, tokens, weight, bias, size=(frames, size, size), **options)
+
+        where = f"{'last' if last else 'first'}{', bytes' * to_bytes}"
+        return Case(f"{dtype} {q}x{p} {batch}x{size} channels {where}", run, None if dtype == "fp32" else "mma")
+
+    for batch in (1, 16):
+        yield case("bf16", batch, 1, 16, 256, False, False)
+        yield case("bf16", batch, 1, 16, 256, True, True)
+    yield case("bf16", 2, 4, 8, 128, False, False)
+    yield case("fp16", 2, 1, 16, 250, True, False)
+    yield case("fp32", 1, 1, 16, 256, False, False)
+
+
+def pixel_loss_cases() -> Iterator[Case]:
+    from vitok.ops import pixel_loss
+
+    def case(dtype: str, source: str, kind: str, q: int, p: int, size: int, planar: bool) -> Case:
+        def run() -> None:
+            target = pixels(source, q, size, planar, 8)
+            tokens = -(-target.shape[1] // q) * (-(-size // p)) ** 2
+            prediction = torch.zeros(8, tokens, 3 * q * p * p, dtype=DTYPES[dtype])
+            differentiated(pixel_loss, prediction, target=target, tubelet=(q, p), kind=kind)
+
+        return Case(f"{dtype} to {source} {kind} {q}x{p} {size} {layout(planar)}", run)
+
+    for kind in ("l1", "l2", "charbonnier"):
+        yield case("bf16", "u8", kind, 1, 16, 256, False)
+        yield case("bf16", "u8", kind, 4, 8, 128, True)
+    yield case("bf16", "fp32", "l1", 1, 16, 250, True)
+    yield case("fp32", "fp32", "l2", 1, 16, 256, False)
+
+
+def gaussian_sample_cases() -> Iterator[Case]:
+    from vitok.ops import gaussian_sample, normal_noise
+
+    def case(dtype: str, channels: int, sample: bool, tensors: bool) -> Case:
+        def run() -> None:
+            moments = torch.zeros(8, 256, 2 * channels, dtype=DTYPES[dtype])
+            keys = (
+                {"seed": torch.zeros(1, dtype=torch.int64), "sample_ids": torch.arange(8)} if tensors else {"seed": 3}
+            )
+            differentiated(gaussian_sample, moments, sample=sample, **keys)
+
+        return Case(f"{dtype} {channels} channels{', sample' * sample}{', seed and ids in memory' * tensors}", run)
+
+    for channels in (16, 64, 7):
+        yield case("bf16", channels, True, False)
+    yield case("bf16", 16, True, True)
+    yield case("bf16", 16, False, False)
+    yield case("fp16", 16, True, False)
+    yield case("fp32", 16, True, False)
+    yield Case("noise", lambda: normal_noise(3, torch.arange(8), 4096, impl="triton"))
+
+
 # op -> its cases. Every tile that a launcher can choose belongs to one of them.
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "norm": norm_cases,
@@ -220,6 +309,10 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": attention_cases,
     "gated_mlp_act": gated_mlp_act_cases,
     "tubelet_gather": tubelet_gather_cases,
+    "tubelet_embed": tubelet_embed_cases,
+    "tubelet_unembed": tubelet_unembed_cases,
+    "pixel_loss": pixel_loss_cases,
+    "gaussian_sample": gaussian_sample_cases,
 }
 
 

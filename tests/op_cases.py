@@ -127,6 +127,60 @@ def tubelet_embed(make: Maker, width: int, bias: bool, tubelet: tuple[int, int],
     return tensors | {"weight": weight, "bias": make.weight(width, wanted=bias)}, constants, options
 
 
+def tubelet_unembed(
+    make: Maker, size: tuple[int, int, int, int], tubelet: tuple[int, int], width: int, bias: int, layout: str,
+    to_bytes: bool, last: bool,
+) -> Parts:  # fmt: skip
+    """`bias`: 0 for none, 3 for one a colour, 1 for one an element."""
+    batch, frames, height, width_out = size
+    (q, p), elements = tubelet, 3 * tubelet[0] * tubelet[1] ** 2
+    tokens = -(-frames // q) * -(-height // p) * -(-width_out // p)
+    tensors = {
+        "tokens": make.normal(batch, tokens, width, layout=layout),
+        "weight": make.normal(elements, width) * (0.3 * width**-0.5),
+        "bias": None if bias == 0 else 0.1 * make.normal(3 if bias == 3 else elements),
+    }
+    options = {"tubelet": tubelet, "size": size[1:], "layout": "channels_last" if last else "channels_first"}
+    return tensors, {}, options | {"out_dtype": torch.uint8 if to_bytes else None}
+
+
+def pixel_loss(
+    make: Maker, size: tuple[int, int, int, int], tubelet: tuple[int, int], kind: str, uint8: bool, planar: bool,
+    layout: str,
+) -> Parts:  # fmt: skip
+    batch, frames, height, width = size
+    q, p = tubelet
+    tokens = -(-frames // q) * -(-height // p) * -(-width // p)
+    tensors = {"prediction": make.normal(batch, tokens, 3 * q * p * p, layout=layout)}
+    constants = {"target": make.image((*size, 3), uint8, planar)}
+    return tensors, constants, {"tubelet": tubelet, "kind": kind}
+
+
+def gaussian_sample(
+    make: Maker, shape: tuple[int, int, int], layout: str, sample: bool, ids: bool, seed_tensor: bool
+) -> Parts:
+    batch, tokens, channels = shape
+    moments = make.normal(batch, tokens, 2 * channels, layout=layout)
+    constants = {"sample_ids": torch.arange(batch, device=make.device) * 7 + 2**33 if ids else None}
+    seed = torch.tensor([12345], device=make.device) if seed_tensor else 2**63 + 5
+    return {"moments": moments}, constants, {"seed": seed, "sample": sample}
+
+
+def gaussian_bottleneck(make: Maker, width: int, bias: bool, **parameters: Any) -> Parts:
+    batch, tokens, channels = parameters["shape"]
+    _, constants, options = gaussian_sample(make, **parameters)
+    tensors = {
+        "tokens": make.normal(batch, tokens, width),
+        "weight": make.normal(2 * channels, width) * width**-0.5,
+        "bias": make.weight(2 * channels, wanted=bias),
+    }
+    return tensors, constants, options
+
+
+def normal_noise(make: Maker, batch: int, elements: int) -> Parts:
+    return {}, {"sample_ids": torch.arange(batch, device=make.device)}, {"seed": 7, "elements": elements}
+
+
 MAKERS: dict[str, Callable[..., Parts]] = {
     "norm": norm,
     "add_norm": add_norm,
@@ -135,6 +189,11 @@ MAKERS: dict[str, Callable[..., Parts]] = {
     "gated_mlp_act": gated_mlp_act,
     "tubelet_gather": tubelet_gather,
     "tubelet_embed": tubelet_embed,
+    "tubelet_unembed": tubelet_unembed,
+    "pixel_loss": pixel_loss,
+    "gaussian_sample": gaussian_sample,
+    "gaussian_bottleneck": gaussian_bottleneck,
+    "normal_noise": normal_noise,
 }
 
 
@@ -262,6 +321,29 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"size": (1, 5, 16, 20), "tubelet": (4, 8), "pad": "zero", "uint8": False, "planar": True, "width": 40,
          "bias": False},
     ],
+    "tubelet_unembed": [
+        {"size": (2, 1, 33, 48), "tubelet": (1, 16), "width": 96, "bias": 1, "layout": "packed", "to_bytes": False,
+         "last": False},
+        {"size": (1, 5, 16, 20), "tubelet": (4, 8), "width": 40, "bias": 3, "layout": "window", "to_bytes": False,
+         "last": True},
+    ],
+    "pixel_loss": [
+        {"size": (2, 1, 33, 48), "tubelet": (1, 16), "kind": "l2", "uint8": True, "planar": False, "layout": "packed"},
+        {"size": (2, 5, 16, 20), "tubelet": (4, 8), "kind": "charbonnier", "uint8": False, "planar": True,
+         "layout": "window", "grad_layout": "expanded"},
+        {"size": (3, 1, 16, 20), "tubelet": (1, 8), "kind": "l1", "uint8": True, "planar": True, "layout": "turned"},
+    ],
+    "gaussian_sample": [
+        {"shape": (3, 65, 16), "layout": "packed", "sample": True, "ids": False, "seed_tensor": False},
+        {"shape": (2, 9, 7), "layout": "turned", "sample": True, "ids": True, "seed_tensor": True,
+         "grad_layout": "turned"},
+        {"shape": (2, 33, 64), "layout": "window", "sample": False, "ids": False, "seed_tensor": False},
+    ],
+    "gaussian_bottleneck": [
+        {"shape": (3, 65, 16), "layout": "packed", "sample": True, "ids": False, "seed_tensor": True, "width": 96,
+         "bias": True},
+    ],
+    "normal_noise": [{"batch": 3, "elements": 4099}],
 }  # fmt: skip
 
 
@@ -301,4 +383,19 @@ def random_parameters(op: str, rng: random.Random) -> dict[str, Any]:
         common |= {"size": (rng.randint(0, 2), size(5), size(40), size(40)), "tubelet": (frames, edge)}
         common |= {"pad": rng.choice(["edge", "zero"]), "uint8": flag(), "planar": flag()}
         return common | ({"width": size(33), "bias": flag()} if op == "tubelet_embed" else {})
+    if op == "tubelet_unembed":
+        common |= {"size": (rng.randint(0, 2), size(5), size(40), size(40)), "tubelet": (rng.randint(1, 3), size(16))}
+        common |= {"width": size(33), "bias": rng.choice([0, 1, 3]), "layout": layout}
+        return common | {"to_bytes": False, "last": flag()}  # bytes differ by one where float64 rounds otherwise
+    if op == "pixel_loss":
+        common |= {"size": (rng.randint(0, 2), size(5), size(40), size(40)), "tubelet": (rng.randint(1, 3), size(16))}
+        return common | {
+            "kind": rng.choice(["l1", "l2", "charbonnier"]), "uint8": flag(), "planar": flag(), "layout": layout,
+        }  # fmt: skip
+    if op in ("gaussian_sample", "gaussian_bottleneck"):
+        common |= {"shape": (size(4), size(100), size(33)), "layout": layout, "sample": flag(), "ids": flag()}
+        common |= {"seed_tensor": flag()}
+        return common | ({"width": size(33), "bias": flag()} if op == "gaussian_bottleneck" else {})
+    if op == "normal_noise":
+        return {"batch": size(5), "elements": rng.choice([0, 1, 2, 3, 4, 5, 100, 4099]), "seed": common["seed"]}
     raise KeyError(op)
