@@ -284,7 +284,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"shape": (3, 2050), "kind": "layer", **ROWS, "bias": True, "grad_layout": "expanded"},
         {"shape": (2, 3, 77), "kind": "layer", **ROWS, "layout": "turned", "affine": False},
         {"shape": (4, 96), "kind": "rms", **ROWS, "layout": "window", "mixed": True},
-        {"shape": (300, 3075), "kind": "rms", **ROWS, "layout": "offset"},
+        {"shape": (70, 3075), "kind": "rms", **ROWS, "layout": "offset"},
         {"shape": (0, 64), "kind": "rms", **ROWS},
     ],
     "add_norm": [

@@ -10,8 +10,8 @@ import torch
 
 SHARED = runpy.run_path(str(Path(__file__).with_name("op_cases.py")))
 CASES = [(op, n) for op, cases in SHARED["CASES"].items() for n in range(len(cases))]
-# Matrix products of bfloat16 are wrong in Triton's interpreter.
-IMPLS = [("native", torch.bfloat16), ("native", torch.float32), ("triton", torch.float32), ("triton", torch.float16)]
+# Triton's interpreter is slow and its matrix products of bfloat16 are wrong; the ops' own tests use it at length.
+IMPLS = [("native", torch.bfloat16), ("native", torch.float32), ("triton", torch.float32)]
 
 
 @pytest.mark.parametrize(("impl", "dtype"), IMPLS, ids=lambda x: str(x).removeprefix("torch."))
@@ -19,6 +19,8 @@ IMPLS = [("native", torch.bfloat16), ("native", torch.float32), ("triton", torch
 def test_against_float64(op, number, impl, dtype, judge):
     if reason := SHARED["unavailable"](op, impl, "cpu"):
         pytest.skip(reason)
+    if impl == "triton" and number:
+        pytest.skip("the first case is enough for the interpreter")
     SHARED["compare"](SHARED["sample"](op, dtype, **SHARED["CASES"][op][number]), impl, judge)
 
 
