@@ -211,8 +211,9 @@ def in_float64(given: Sample) -> Sample:
             return x.detach().cpu().double() if x.is_floating_point() else x.cpu()
         return torch.float64 if x is given.dtype else x
 
-    parts = ({name: wide(x) for name, x in part.items()} for part in given[2:5])
-    return Sample(given.op, given.dtype, *parts, given.grad_layout)
+    constants = {name: None if x is None else x.cpu() for name, x in given.constants.items()}
+    tensors, options = ({name: wide(x) for name, x in part.items()} for part in (given.tensors, given.options))
+    return Sample(given.op, given.dtype, tensors, constants, options, given.grad_layout)
 
 
 def incoming(given: Sample, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
