@@ -3,9 +3,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0 triton==3.7.1
 BIN := .venv/bin
 STAMP := .venv/installed
+KERNELS := benchmarks/results/kernel-resources.json
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-long lint bench bench-ops docs clean
+.PHONY: setup demo test test-long kernels-check kernels-table sanitize lint bench bench-ops docs clean
 
 setup: $(STAMP)
 
@@ -24,6 +25,22 @@ test: setup
 
 test-long: setup
 	$(BIN)/pytest -m long
+
+# What can be proven of the kernels without a GPU.
+kernels-check: setup sanitize
+	$(BIN)/pytest tests/ops -m "not long" -k triton
+	$(BIN)/python -m vitok.kernels.resources
+	$(BIN)/python csrc/cuda_resources.py
+
+# The committed table of kernels, which the long tests compare.
+kernels-table: setup
+	$(BIN)/python -m vitok.kernels.resources --json $(KERNELS)
+	$(BIN)/python csrc/cuda_resources.py --json $(KERNELS)
+	$(BIN)/python docs/generate.py
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, called with random arguments.
+sanitize: setup
+	PYTHON=$(BIN)/python csrc/sanitize.sh
 
 lint: setup
 	$(BIN)/ruff check .

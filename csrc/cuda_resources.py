@@ -1,14 +1,16 @@
 """Registers, stack, spills and shared memory of every CUDA kernel: compile each source for each architecture and tell.
 
-Usage: python csrc/cuda_resources.py [--archs "80;90a;100"]
+Usage: python csrc/cuda_resources.py [--archs "80;90a;100"] [--json FILE] [source.cu ...]
 
 Needs nvcc (CUDACXX or PATH) and no GPU. Prints one row per source, architecture and kernel, the worst of its template
 instances; exits 1 when any instance spills or keeps a stack frame, 2 when a source does not compile or nvcc is missing.
+--json writes the table to the section "cuda" of a file as well, beside the Triton kernels'.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -66,16 +68,30 @@ def compile_source(nvcc: str, source: Path, arch: str) -> str:
         return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
 
+def save(file: Path, section: str, version: str, rows: list[dict[str, object]]) -> None:
+    """Replace one section of a JSON file that holds a row a line."""
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    known[section] = {"version": version, "rows": rows}
+    parts = []
+    for name, part in sorted(known.items()):
+        lines = ",\n".join(json.dumps(row) for row in part["rows"])
+        parts.append(f'"{name}": {{"version": "{part["version"]}", "rows": [\n{lines}\n]}}')
+    file.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", default=os.environ.get("VITOK_CUDA_ARCHS") or "80;90a;100")
-    archs = [arch for arch in re.split(r"[;,\s]+", parser.parse_args().archs) if arch]
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("sources", nargs="*", type=Path, default=SOURCES, help="default: all of csrc/cuda")
+    options = parser.parse_args()
+    archs = [arch for arch in re.split(r"[;,\s]+", options.archs) if arch]
     nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc")
     if nvcc is None:
         print("error: nvcc was not found by CUDACXX or PATH.", file=sys.stderr)
         return 2
-    tasks = [(source, arch) for source in SOURCES for arch in archs]
-    spilled = False
+    tasks = [(source, arch) for source in options.sources for arch in archs]
+    spilled, rows = False, []
     print(
         f"{'source':<22}{'arch':<9}{'kernel':<34}{'instances':>9}{'registers':>10}{'stack':>7}{'spills':>8}{'shared':>8}"
     )
@@ -93,11 +109,19 @@ def main() -> int:
             for kernel, instances in kernels.items():
                 registers, stack, stores, loads, shared = map(max, zip(*instances, strict=True))
                 spilled |= bool(stack or stores or loads)
+                usage = Usage(registers, stack, stores, loads, shared)._asdict()
+                rows.append(
+                    {"source": source.name, "kernel": kernel, "arch": arch, "instances": len(instances), **usage}
+                )
                 print(
                     f"{source.name:<22}{'sm_' + arch:<9}{kernel:<34}{len(instances):>9}{registers:>10}{stack:>7}"
                     f"{stores + loads:>8}{shared:>8}",
                     flush=True,
                 )
+    if options.json:
+        said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+        version = re.search(r"release [\d.]+, V([\d.]+)", said)
+        save(options.json, "cuda", version[1] if version else "unknown", rows)
     return int(spilled)
 
 

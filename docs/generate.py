@@ -1,4 +1,4 @@
-"""Rewrite the generated tables of README.md and docs/benchmarks.md: python docs/generate.py
+"""Rewrite the generated tables of README.md and docs: python docs/generate.py
 
 A table stands between `<!-- generated: NAME -->` and `<!-- end -->` and comes from the code or from a result file.
 """
@@ -7,7 +7,8 @@ import csv
 import json
 import re
 import runpy
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import vitok
@@ -93,8 +94,70 @@ def ops() -> str:
     return "\n".join(lines).rstrip()
 
 
-TABLES = {"ops": ops, "models": models, "heldout": heldout, "examples": examples, "benchmarks": benchmarks}
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+def kernel_rows(section: str) -> tuple[str, list[dict]]:
+    """Version of the compiler and rows of one section of the committed resources, from `make kernels-table`."""
+    result = json.loads((RESULTS / "kernel-resources.json").read_text())[section]
+    return result["version"], result["rows"]
+
+
+def slashed(values: Iterable[object]) -> str:
+    """One value when all are the same, else all of them."""
+    texts = [str(value) for value in values]
+    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
+
+
+def triton_kernels() -> str:
+    """A row a compilation, its architectures side by side."""
+    version, rows = kernel_rows("triton")
+    archs = sorted({row["arch"] for row in rows})
+    lines = [
+        f"Triton {version}, for {', '.join(f'sm_{arch}' for arch in archs)}, in this order where they differ.",
+        "",
+        "| kernel | case | constants | warps | stages | registers | shared bytes | spills | matrix instruction |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["arch"]):
+        groups[row["op"], row["kernel"], row["case"], row["tile"]].append(row)
+    for (_, kernel, case, tile), group in groups.items():
+        fields = [
+            slashed(row[name] for row in group) for name in ("num_warps", "num_stages", "registers", "shared", "spills")
+        ]
+        matrix = slashed(", ".join(row["matrix"]) or "-" for row in group)
+        lines.append(f"| `{kernel}` | {case} | {tile} | {' | '.join(fields)} | {matrix} |")
+    return "\n".join(lines)
+
+
+def cuda_kernels() -> str:
+    """A row a kernel, the worst of its template instances."""
+    version, rows = kernel_rows("cuda")
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["source"], row["kernel"]].append(row)
+    archs = dict.fromkeys(f"sm_{row['arch']}" for row in rows)
+    lines = [
+        f"nvcc {version}, for {', '.join(archs)}, in this order where they differ.",
+        "",
+        "| source | kernel | instances | registers | shared bytes | stack bytes | spilled bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (source, kernel), group in groups.items():
+        fields = [slashed(row[name] for row in group) for name in ("instances", "registers", "shared", "stack")]
+        spilled = slashed(row["spill_stores"] + row["spill_loads"] for row in group)
+        lines.append(f"| {source} | `{kernel}` | {' | '.join(fields)} | {spilled} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "ops": ops,
+    "models": models,
+    "heldout": heldout,
+    "examples": examples,
+    "benchmarks": benchmarks,
+    "triton_kernels": triton_kernels,
+    "cuda_kernels": cuda_kernels,
+}
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "kernels.md")
 
 
 def generated(text: str) -> str:
