@@ -181,7 +181,9 @@ def test_author_v1_block_equals_its_formula(head_dim):
     x = torch.randn(2, math.prod(GRID), width, dtype=torch.float64)
     expected = author_v1_block(x, weights, heads, GRID)
     assert (expected - x).abs().max() > 0.5, "the block must do something"
-    torch.testing.assert_close(whole_block(block, x, exact_table("1d", GRID, head_dim)), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        whole_block(block, x, exact_table("1d", GRID, head_dim)), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_v2_block_equals_its_formula():
@@ -196,7 +198,9 @@ def test_v2_block_equals_its_formula():
     x = torch.randn(2, math.prod(GRID), width, dtype=torch.float64)
     expected = v2_block(x, weights, heads, GRID)
     assert (expected - x).abs().max() > 0.1, "the block must do something"
-    torch.testing.assert_close(whole_block(block, x, exact_table("2d", GRID, head_dim)), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        whole_block(block, x, exact_table("2d", GRID, head_dim)), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_paper_block_equals_its_formula():

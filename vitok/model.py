@@ -131,8 +131,10 @@ class ViTok(nn.Module):
         return pixels.squeeze(2) if image else pixels
 
     def decode_patches(self, latents: Tensor) -> Tensor:
-        """Decode latents, as in `decode`, to patch rows [B, L, q * p * p * 3] for `vitok.ops.pixel_loss`: training needs no
-        picture. Elements are in (frame, row, column, colour) order."""
+        """Decode latents, as in `decode`, to patch rows for `vitok.ops.pixel_loss`: training needs no picture.
+
+        Returns: [B, L, q * p * p * 3] in the model's dtype, elements in (frame, row, column, colour) order.
+        """
         latents = (latents.unsqueeze(2) if latents.dim() == 4 else latents).to(self.device, self.dtype)
         return self.decoder.unembed.rows(self.decoder.tokens(latents))
 

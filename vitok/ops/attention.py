@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import itertools
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from vitok import _native
 from vitok.errors import InputError
-from vitok.ops import _attention_adapters, _triton
+from vitok.ops import _attention_adapters, _attention_native, _triton
 from vitok.ops._library import define
 from vitok.ops._registry import Implementation, Op
 from vitok.ops.qk_norm_rope import qk_norm_rope
@@ -165,20 +164,8 @@ def reference(
     return (scores.softmax(-1, dtype=compute).to(v.dtype) @ v).transpose(1, 2)
 
 
-def _native_module() -> ModuleType | None:
-    try:
-        return importlib.import_module("vitok.ops._attention_native")
-    except ModuleNotFoundError:
-        return None
-
-
-_NATIVE = _native_module()
-
-
 def _forward(impl: str, qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    kernels: Any = _NATIVE
-    if impl == "triton":
-        from vitok.kernels import attention as kernels
+    kernels: Any = importlib.import_module("vitok.kernels.attention") if impl == "triton" else _attention_native
     made: tuple[Tensor, Tensor] = kernels.forward(qkv, *args)
     return made
 
@@ -190,9 +177,9 @@ def _forward_empty(impl: str, qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(impl: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    kernels: Any = _NATIVE
-    if impl == "triton":
-        from vitok.kernels import attention_backward as kernels
+    kernels: Any = (
+        importlib.import_module("vitok.kernels.attention_backward") if impl == "triton" else _attention_native
+    )
     made: tuple[Tensor, Tensor, Tensor] = kernels.backward(*args)
     return made
 
@@ -251,7 +238,7 @@ def _run(impl: str, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | Non
 def _native_refuses(qkv: Tensor, *args: Any) -> str:
     if qkv.is_cuda:
         return "the native library has no CUDA attention: triton, sdpa, flash_attn and xformers serve it"
-    return str(_NATIVE.refuses(qkv, *args)) if _NATIVE is not None else ""
+    return _attention_native.refuses(qkv, *args)
 
 
 def _triton_refuses(
@@ -276,7 +263,7 @@ _OP = Op(
     Implementation(
         "native",
         partial(_run, "native"),
-        missing=_native.reason() or ("" if _NATIVE else "this version has no native attention"),
+        missing=_native.reason(),
         refuses=_native_refuses,
     ),
     Implementation("triton", partial(_run, "triton"), missing=_triton.MISSING, refuses=_triton_refuses),
