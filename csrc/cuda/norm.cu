@@ -203,10 +203,14 @@ __global__ void __launch_bounds__(kThreads) norm_backward_kernel(const NormBackw
         }
         const float mean_g_hat = row_sum<kGroup>(product) / width;
         const float mean_g = n.centred ? row_sum<kGroup>(sum) / width : 0.0f;
+        // A number the compiler does not know to be the width: it kept all of the first loop's comparisons for the second
+        // one, more than there are predicates, and spilled them.
+        int32_t limit = width;
+        asm("" : "+r"(limit));
 #pragma unroll
         for (int k = 0; k < kVectors; ++k) {
             const int32_t e = first + k * kGroup * V;
-            if (e < width) {
+            if (e < limit) {
                 if constexpr (!kHold) fetch(k);
                 float gradient[V];
 #pragma unroll

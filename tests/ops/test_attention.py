@@ -99,11 +99,18 @@ def compare(impl, qkv, weights, table, mask, judge, seed=None):
     arguments = (qkv, weights, table, seed, mask)
     ours, baseline = (results(i, *arguments) for i in (impl, "reference"))
     oracle = results("reference", *arguments, dtype=torch.float64)
-    for actual, theirs, exact in zip(ours[:2], baseline[:2], oracle[:2], strict=True):
-        judge(actual, theirs, exact)
+    # The gradient of a score is p (grad . v - grad . out). A blocked kernel rounds the two products apart, where the eager
+    # softmax subtracts equal numbers: with one key that sees all weight the difference is exactly 0 there and a rounding
+    # of the products here. So the products' own rounding is part of the floor.
+    products = (seed.double()[:, :, None] * qkv.double()[:, :, 2:]).abs().sum(-1).max()
+    cancelled = torch.finfo(torch.float32 if qkv.dtype != torch.float64 else qkv.dtype).eps * products
+    cancelled = cancelled * qkv[:, :, :2].double().abs().max() * qkv.shape[-1] ** -0.5
+    judge(ours[0], baseline[0], oracle[0])
+    judge(ours[1], baseline[1], oracle[1], floor=cancelled.item())
     rows = qkv.shape[0] * qkv.shape[1] * qkv.shape[3]
     for actual, theirs, exact in zip(ours[2:], baseline[2:], oracle[2:], strict=True):
         floor = 2 * math.sqrt(rows) * torch.finfo(qkv.dtype).eps * exact.abs().max()
+        floor += cancelled
         assert actual.dtype == theirs.dtype and actual.shape == theirs.shape
         assert (actual - exact).abs().max() <= 2 * (theirs - exact).abs().max() + floor
 
@@ -296,9 +303,9 @@ def test_operators_keep_their_word(impl):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for weights, cu_seqlens in (((weight, weight), None), ((None, None), torch.tensor([0, 4, 9]))):
         arguments = (qkv, *weights, table, cu_seqlens, 1e-6, 3, 2)
-        torch.library.opcheck(op._FORWARD, (impl, *arguments), test_utils=tests)
+        torch.library.opcheck(torch.ops.vitok.attention_forward.default, (impl, *arguments), test_utils=tests)
         out, lse = op._FORWARD(impl, *arguments)
-        torch.library.opcheck(op._BACKWARD, (impl, out, out, lse, *arguments), test_utils=tests)
+        torch.library.opcheck(torch.ops.vitok.attention_backward.default, (impl, out, out, lse, *arguments), test_utils=tests)
 
 
 @pytest.mark.parametrize("impl", ["sdpa", needs("native"), needs("triton")])
