@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import platform
-import sys
 from pathlib import Path
 
 import pytest
@@ -61,12 +60,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def record_row(request: pytest.FixtureRequest):
     """`record_row(case=..., provider=..., ms_p50=...)`: a row of the CSV, on the terminal at once."""
     rows: list[dict[str, object]] = []
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    terminal.write_line("")
 
     def record(**row: object) -> None:
         rows.append(row)
         said = row.get("refused") or f"{row['ms_p50']:9.3f} ms  {row['ratio_to_eager']:6.2f}x"
         what = f"{row['case']:<28}{row['dtype']:<10}{row['direction']:<10}{row['provider']:<28}"
-        print(what, said, file=sys.__stdout__, flush=True)
+        terminal.write_line(f"{what} {said}")
 
     yield record
     folder = request.config.getoption("--results")

@@ -6,7 +6,7 @@
 #       log.txt           what every stage printed
 #       machine.json      GPU, driver, torch, triton, and how the native library was built
 #       tests.xml         tests/gpu; sanitizer.xml: compute-sanitizer over small cases
-#       ops.json, ops.csv timings of benchmarks/ops
+#       ops-cuda.csv, ops.json: timings of benchmarks/ops, of every provider and of what pytest-benchmark keeps
 #
 # No network: it builds with the compilers and Python packages that are there, installs into build/gpu only, and says what is
 # missing. Run it again after an interruption and it goes on with the stage that was interrupted. Exits with 0 when all stages are done.
@@ -93,7 +93,7 @@ bench() {
         echo "gpu.sh: no benchmarks: pytest-benchmark is not installed"
         return 1
     else
-        "${pytest[@]}" --benchmark-json "$out/ops.json" "$root/benchmarks/ops"
+        "${pytest[@]}" --results "$out" --benchmark-json "$out/ops.json" "$root/benchmarks/ops"
     fi
 }
 

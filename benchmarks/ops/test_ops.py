@@ -13,10 +13,10 @@ from functools import partial
 
 import pytest
 import torch
-from cases import Case, cases
 from torch import Tensor
 
 from vitok.bench import compare, copy_rate, matmul_rate
+from vitok.bench.ops import Case, cases
 from vitok.ops import ImplementationError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,9 +51,11 @@ def backward_call(provider: Callable[..., Tensor], inputs: tuple) -> Callable[[]
     leaves = [x.detach().clone().requires_grad_() if differentiable(x) else x for x in inputs]
     wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     out = provider(*leaves)
-    # From its own generator, so that every provider gets the same incoming gradient.
-    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, out.dtype)
-    return partial(torch.autograd.grad, out, wanted, gradient, retain_graph=True, allow_unused=True)
+    outs = (out,) if isinstance(out, Tensor) else out
+    # From a generator of their own, so that every provider gets the same incoming gradients.
+    generator = torch.Generator().manual_seed(1)
+    gradients = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in outs]
+    return partial(torch.autograd.grad, outs, wanted, gradients, retain_graph=True, allow_unused=True)
 
 
 def differentiable(x: object) -> bool:

@@ -99,8 +99,8 @@ def compare(impl, qkv, weights, table, mask, judge, seed=None):
     arguments = (qkv, weights, table, seed, mask)
     ours, baseline = (results(i, *arguments) for i in (impl, "reference"))
     oracle = results("reference", *arguments, dtype=torch.float64)
-    # The gradient of a score is p (grad . v - grad . out). A blocked kernel rounds the two products apart, where the eager
-    # softmax subtracts equal numbers: with one key that sees all weight the difference is exactly 0 there and a rounding
+    # The gradient of a score is p (grad . v - grad . out). A blocked kernel rounds the two products apart, where the
+    # eager softmax subtracts equal numbers: with all weight on one key the difference is exactly 0 there and a rounding
     # of the products here. So the products' own rounding is part of the floor.
     products = (seed.double()[:, :, None] * qkv.double()[:, :, 2:]).abs().sum(-1).max()
     cancelled = torch.finfo(torch.float32 if qkv.dtype != torch.float64 else qkv.dtype).eps * products
@@ -305,7 +305,9 @@ def test_operators_keep_their_word(impl):
         arguments = (qkv, *weights, table, cu_seqlens, 1e-6, 3, 2)
         torch.library.opcheck(torch.ops.vitok.attention_forward.default, (impl, *arguments), test_utils=tests)
         out, lse = op._FORWARD(impl, *arguments)
-        torch.library.opcheck(torch.ops.vitok.attention_backward.default, (impl, out, out, lse, *arguments), test_utils=tests)
+        torch.library.opcheck(
+            torch.ops.vitok.attention_backward.default, (impl, out, out, lse, *arguments), test_utils=tests
+        )
 
 
 @pytest.mark.parametrize("impl", ["sdpa", needs("native"), needs("triton")])
