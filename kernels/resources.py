@@ -153,8 +153,10 @@ def attention_cases() -> Iterator[Case]:
                 qkv = qkv[:1]
             differentiated(attention, qkv, *weights, **table, **options)
 
-        # float32 products are exact ones, which no matrix unit computes
-        return Case(f"{dtype} head_dim {head_dim}, {label}", run, None if dtype == "fp32" else "wide mma")
+        # float32 products are exact ones, which no matrix unit computes; the backward's tiles of the widest heads are too
+        # small for the wide instructions.
+        demands = None if dtype == "fp32" else "wide mma" if head_dim <= 128 else "mma"
+        return Case(f"{dtype} head_dim {head_dim}, {label}", run, demands)
 
     for head_dim in (64, 72, 80, 96, 128):
         yield case("bf16", head_dim)
@@ -418,6 +420,19 @@ def problem(row: dict[str, Any], demands: str | None) -> str:
     return ""
 
 
+# Rows that spill some bytes and wait for a better tile, (kernel, case, arch). Any other that spills is an error, and so is one of
+# these that no longer does, until it is taken off the list.
+OPEN = {
+    ("attention_backward_key_kernel", "fp32 head_dim 64, full", 90),
+    ("attention_forward_kernel", "fp32 head_dim 128, norm, rope", 80),
+    ("norm_backward_kernel", "bf16 residual + layer 3075, weight fp32, bias, scale", 100),
+    ("norm_backward_kernel", "bf16 residual + rms 3075, weight bf16", 90),
+    ("norm_backward_kernel", "bf16 rms 2050, weight bf16", 90),
+    ("tubelet_embed_forward_kernel", "fp32->fp32 4x8 edge 1x128 planar", 80),
+    ("tubelet_unembed_forward_kernel", "fp16 1x16 2x250 channels last", 80),
+    ("tubelet_unembed_forward_kernel", "fp16 1x16 2x250 channels last", 90),
+}
+
 _LAUNCHES: list[Launch] = []  # found before the processes fork, which then need no copies of what cannot be pickled
 
 
@@ -471,7 +486,10 @@ def main() -> int:
     with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=64) as pool:
         for launch, row in zip(_LAUNCHES, pool.imap(_measure, range(len(_LAUNCHES))), strict=True):
             name = f"{launch.kernel.fn.__name__}, {launch.case.label}, sm_{launch.arch}"
-            if wrong := row.get("error") or problem(row, launch.case.demands):
+            wrong = row.get("error") or problem(row, launch.case.demands)
+            if (launch.kernel.fn.__name__, launch.case.label, launch.arch) in OPEN:
+                wrong = "" if "spills" in wrong else wrong or "it spills no longer: take it off OPEN"
+            if wrong:
                 problems.append(f"{name}: {wrong} [{launch.tile()} num_warps={launch.options['num_warps']}]")
             if "error" in row:
                 continue
@@ -483,7 +501,10 @@ def main() -> int:
         print(f"error: {text}", file=sys.stderr)
     if options.json:
         save(options.json, "triton", triton.__version__, rows)
-    print(f"{len(rows)} kernels, {len(problems)} problems, {time.monotonic() - start:.0f} s", flush=True)
+    print(
+        f"{len(rows)} kernels, {len(problems)} problems, {sum(row['spills'] > 0 for row in rows)} known to spill, {time.monotonic() - start:.0f} s",
+        flush=True,
+    )
     return int(bool(problems))
 
 

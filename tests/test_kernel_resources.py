@@ -18,9 +18,9 @@ COMMITTED = ROOT / "benchmarks" / "results" / "kernel-resources.json"
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Section "triton" of the table, made now by the command that `make kernels-check` runs."""
+    """Section "triton" of the table for one GPU generation, made now; `make kernels-check` does all three, for longer."""
     file = tmp_path_factory.mktemp("resources") / "table.json"
-    command = [sys.executable, "-m", "vitok.kernels.resources", "--json", str(file)]
+    command = [sys.executable, "-m", "vitok.kernels.resources", "--archs", "90", "--json", str(file)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=file.parent)
     print(result.stdout)
@@ -31,7 +31,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict:
 @pytest.mark.long
 def test_every_kernel_fits_its_registers(table):
     """The command checks spills, local memory and matrix instructions itself and has returned 0."""
-    assert {row["arch"] for row in table["rows"]} == {80, 90, 100}
+    assert {row["arch"] for row in table["rows"]} == {90}
     assert max(row["registers"] for row in table["rows"]) <= 255
 
 
@@ -53,7 +53,7 @@ def test_the_committed_table_is_current(table):
     committed = json.loads(COMMITTED.read_text())["triton"]
     if committed["version"] != table["version"]:
         pytest.skip(f"made with triton {committed['version']}, this is {table['version']}")
-    assert committed["rows"] == table["rows"], "run `make kernels-table`"
+    assert [row for row in committed["rows"] if row["arch"] == 90] == table["rows"], "run `make kernels-table`"
 
 
 @pytest.mark.long

@@ -43,12 +43,14 @@ class Case:
     different: tuple[str, ...] = ()  # providers that compute less or draw other numbers, there to compare times
 
 
-def implementations(op: str, call: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+def implementations(
+    op: str, call: Callable[..., Any], leave_out: tuple[str, ...] = ()
+) -> dict[str, Callable[..., Any]]:
     """`call(*inputs, impl=...)` with every implementation of an op that can be used on this machine."""
     return {
         choice.implementation: partial(call, impl=choice.implementation)
         for choice in ops.choices()
-        if choice.op == op and choice.usable
+        if choice.op == op and choice.usable and choice.implementation not in leave_out
     }
 
 
@@ -206,7 +208,12 @@ def attention_case(name: str, batch: int, side: int, heads: int, head_dim: int) 
         {
             "rope + SDPA": eager_attention,
             "SDPA alone": plain_sdpa,
-            **implementations("attention", lambda *inputs, impl: ops.attention(*inputs, impl=impl)),
+            # They build the L x L matrix: at these lengths minutes a run to learn that it is slow.
+            **implementations(
+                "attention",
+                lambda *inputs, impl: ops.attention(*inputs, impl=impl),
+                leave_out=("reference", "sdpa:math") if length > 1024 else (),
+            ),
         },
         "attention",
         different=("SDPA alone",),
