@@ -153,8 +153,8 @@ def attention_cases() -> Iterator[Case]:
                 qkv = qkv[:1]
             differentiated(attention, qkv, *weights, **table, **options)
 
-        # float32 products are exact ones, which no matrix unit computes; the backward's tiles of the widest heads are too
-        # small for the wide instructions.
+        # float32 products are exact ones, which no matrix unit computes; the backward's tiles of the widest heads are
+        # too small for the wide instructions.
         demands = None if dtype == "fp32" else "wide mma" if head_dim <= 128 else "mma"
         return Case(f"{dtype} head_dim {head_dim}, {label}", run, demands)
 
@@ -420,8 +420,8 @@ def problem(row: dict[str, Any], demands: str | None) -> str:
     return ""
 
 
-# Rows that spill some bytes and wait for a better tile, (kernel, case, arch). Any other that spills is an error, and so is one of
-# these that no longer does, until it is taken off the list.
+# Rows that spill some bytes and wait for a better tile, (kernel, case, arch). Any other that spills is an error, and so
+# is one of these that no longer does, until it is taken off the list.
 OPEN = {
     ("attention_backward_key_kernel", "fp32 head_dim 64, full", 90),
     ("attention_forward_kernel", "fp32 head_dim 128, norm, rope", 80),
@@ -501,10 +501,8 @@ def main() -> int:
         print(f"error: {text}", file=sys.stderr)
     if options.json:
         save(options.json, "triton", triton.__version__, rows)
-    print(
-        f"{len(rows)} kernels, {len(problems)} problems, {sum(row['spills'] > 0 for row in rows)} known to spill, {time.monotonic() - start:.0f} s",
-        flush=True,
-    )
+    seconds, spilling = time.monotonic() - start, sum(row["spills"] > 0 for row in rows)
+    print(f"{len(rows)} kernels, {len(problems)} problems, {spilling} known to spill, {seconds:.0f} s", flush=True)
     return int(bool(problems))
 
 

@@ -18,7 +18,7 @@ COMMITTED = ROOT / "benchmarks" / "results" / "kernel-resources.json"
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Section "triton" of the table for one GPU generation, made now; `make kernels-check` does all three, for longer."""
+    """Section "triton" of the table for one GPU generation, made now; `make kernels-check` does all three."""
     file = tmp_path_factory.mktemp("resources") / "table.json"
     command = [sys.executable, "-m", "vitok.kernels.resources", "--archs", "90", "--json", str(file)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

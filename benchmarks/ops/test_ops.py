@@ -2,8 +2,8 @@
 
     pytest benchmarks/ops --results benchmarks/results
 
-A provider whose numbers differ from the eager one's prints no time. pytest-benchmark keeps the time of `auto`'s choice,
-for comparing one's own runs; the ratios come from the interleaved rows.
+A provider whose numbers differ from those of the eager composition in float32 prints no time. pytest-benchmark keeps
+the time of `auto`'s choice, for comparing one's own runs; the ratios come from the interleaved rows.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def agrees(actual: object, expected: object, tolerance: float) -> bool:
     for a, e in zip(*((x,) if isinstance(x, Tensor) else x for x in (actual, expected)), strict=True):
         if a is None or e is None:
             continue
-        bound = tolerance * (1.0 if e.dtype == torch.bfloat16 else 0.01) * e.abs().max().double()
+        bound = tolerance * (1.0 if a.dtype == torch.bfloat16 else 0.01) * e.abs().max().double()
         if not torch.isfinite(a).all() or (a.double() - e.double()).abs().max() > bound:
             return False
     return True
@@ -81,7 +81,9 @@ def test_op(case, dtype, direction, rates, record_row, benchmark):
         pytest.skip(f"{case.name}: its gradients are library matrix products")
     inputs = make_inputs(case, dtype)
     make = forward_call if direction == "forward" else backward_call
-    expected = make(case.providers[case.eager], inputs[0])()
+    # Judged by the eager composition in float32: in bfloat16 torch's own weight gradients are off by several percent.
+    wide = tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs[0])
+    expected = make(case.providers[case.eager], wide)()
     calls, refused = {}, {}
     for name, provider in case.providers.items():
         try:
@@ -89,8 +91,8 @@ def test_op(case, dtype, direction, rates, record_row, benchmark):
         except (ImplementationError, RuntimeError) as error:
             refused[name] = str(error).splitlines()[0]
             continue
-        if name not in case.different and not agrees(result, expected, case.tolerance):
-            refused[name] = "differs from the eager composition"
+        if name not in (case.eager, *case.different) and not agrees(result, expected, case.tolerance):
+            refused[name] = "its numbers are not those of the eager composition"
             continue
         calls[name] = [make(provider, one) for one in inputs]
     timings = compare(calls, DEVICE, seconds=float(len(calls)) * 0.3)

@@ -129,11 +129,16 @@ __global__ void __launch_bounds__(kThreads) norm_forward_kernel(const NormForwar
     }
 }
 
+// Makes of a width a number the compiler does not know: it kept one loop's comparisons with it for the next loop, more than
+// there are predicates, and spilled them.
+__device__ __forceinline__ void hide(int32_t& width) { asm("" : "+r"(width)); }
+
 // The sums that the threads of this block hold of one parameter, added over its rows and written to its place.
 template <int V, int kGroup>
 __device__ __forceinline__ void write_partial(float* to, int32_t width, int32_t first, const float (&sum)[kValues / V][V]) {
     constexpr int kGroups = kThreads / kGroup;
     __shared__ float shared[kGroups > 1 ? kGroup * kValues : 1];
+    hide(width);
     for (int group = 0; group < kGroups; ++group) {  // one after another: always the same order
         if (kGroups > 1) __syncthreads();
         if (static_cast<int>(threadIdx.x / kGroup) != group) continue;
@@ -203,10 +208,8 @@ __global__ void __launch_bounds__(kThreads) norm_backward_kernel(const NormBackw
         }
         const float mean_g_hat = row_sum<kGroup>(product) / width;
         const float mean_g = n.centred ? row_sum<kGroup>(sum) / width : 0.0f;
-        // A number the compiler does not know to be the width: it kept all of the first loop's comparisons for the second
-        // one, more than there are predicates, and spilled them.
         int32_t limit = width;
-        asm("" : "+r"(limit));
+        hide(limit);
 #pragma unroll
         for (int k = 0; k < kVectors; ++k) {
             const int32_t e = first + k * kGroup * V;
@@ -283,12 +286,10 @@ bool aligned(const void* pointer, int64_t stride) {
 template <class T, class Fn>
 void with_geometry(int64_t width, bool vectors, Fn&& fn) {
     constexpr int V = 16 / sizeof(T);
-    const auto with_group = [&](auto v) {
-        if (width <= 32 * kValues) fn(v, std::integral_constant<int, 32>{});
-        else fn(v, std::integral_constant<int, kThreads>{});
-    };
-    if (vectors) with_group(std::integral_constant<int, V>{});
-    else with_group(std::integral_constant<int, 1>{});
+    using Block = std::integral_constant<int, kThreads>;
+    if (!vectors) fn(std::integral_constant<int, 1>{}, Block{});  // a warp a row has too few registers for single elements
+    else if (width <= 32 * kValues) fn(std::integral_constant<int, V>{}, std::integral_constant<int, 32>{});
+    else fn(std::integral_constant<int, V>{}, Block{});
 }
 
 void check_size(const char* op, DType dtype, int64_t width, int64_t blocks) {

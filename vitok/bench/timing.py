@@ -37,8 +37,8 @@ def compare(
     Args:
         providers: for each name one call, or one for each set of inputs (only the first is used on the CPU).
         device: where they compute.
-        seconds: to spend on measuring all of them; every provider gets at least five samples, or two when that takes ten
-            times as long.
+        seconds: to spend on measuring all of them; every provider gets at least five samples, or two when five would
+            take ten times as long.
 
     Returns: a `Timing` for each name, in the order given.
     """
