@@ -23,8 +23,9 @@ demo: setup
 test: setup
 	$(BIN)/pytest -m "not long"
 
+# Without what kernels-check does, for half an hour.
 test-long: setup
-	$(BIN)/pytest -m long
+	$(BIN)/pytest -m long --ignore tests/test_kernel_resources.py --ignore tests/test_sanitize.py
 
 # What can be proven of the kernels without a GPU.
 kernels-check: setup sanitize

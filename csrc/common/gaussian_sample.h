@@ -70,6 +70,8 @@ struct GaussianMoments {
         if (sizes[0] < 0 || sizes[1] < 1 || sizes[2] < 1) return "sizes must be (B >= 0, L >= 1, c >= 1)";
         if (sizes[1] > INT64_MAX / 64 / sizes[2] || sizes[0] > INT64_MAX / 64 / (sizes[1] * sizes[2]))
             return "B * L * c is too large";
+        for (const int64_t stride : strides)
+            if (stride < 0) return "strides must not be negative";
         if (sizes[0] && !data) return "moments must not be null";
         return nullptr;
     }
@@ -113,6 +115,9 @@ struct GaussianSampleBackward {
     }
     const char* problem() const {
         if (const char* wrong = moments.problem()) return wrong;
+        for (const int64_t stride : dz_strides)
+            if (stride < 0) return "dz_strides must not be negative";
+        if (dkl_stride < 0) return "dkl_stride must not be negative";
         if (!empty() && !dmoments) return "dmoments must not be null";
         return nullptr;
     }

@@ -408,3 +408,13 @@ def test_kernels_refuse_arguments_that_cannot_be():
     for bad in ({"dtype": "uint8"}, {"sizes": (1, 0, 3)}, {"sizes": (2**40, 2**20, 2**20)}, {"moments": 0}, {"kl": 0}):
         with pytest.raises(ValueError, match="gaussian_sample_forward"):
             library.gaussian_sample_forward_cpu(**(good | bad))
+
+
+@pytest.mark.skipif(_native.library() is None, reason="no native library")
+@pytest.mark.parametrize("kernel", ["gaussian_sample_forward", "gaussian_sample_backward"])
+def test_negative_strides_are_refused(kernel):
+    """They lead to memory before the tensor."""
+    memory = torch.zeros(64)
+    moments = (memory.data_ptr(), "float32", (1, 2, 3), (12, -6, 1))
+    with pytest.raises(ValueError, match="strides must not be negative"):
+        getattr(_native.library(), f"{kernel}_cpu")(*moments, **REST[kernel](memory.data_ptr()))

@@ -41,7 +41,7 @@ def check_linear(
 def autocast(x: Tensor) -> torch.dtype:
     """The dtype that a matrix product of x is to run in: autocast's where it is on, else x's own."""
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
