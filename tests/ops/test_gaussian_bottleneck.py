@@ -414,7 +414,11 @@ def test_kernels_refuse_arguments_that_cannot_be():
 @pytest.mark.parametrize("kernel", ["gaussian_sample_forward", "gaussian_sample_backward"])
 def test_negative_strides_are_refused(kernel):
     """They lead to memory before the tensor."""
-    memory = torch.zeros(64)
-    moments = (memory.data_ptr(), "float32", (1, 2, 3), (12, -6, 1))
+    at = torch.zeros(64).data_ptr()
+    moments = {"moments": at, "dtype": "float32", "sizes": (1, 2, 3), "strides": (12, -6, 1)}
+    keys = {"seed": 0, "seed_at": 0, "sample_ids": 0, "stride_id": 1}
+    rest = {"z": at, "kl": at, "partials": at}
+    if kernel == "gaussian_sample_backward":
+        rest = {"dz": at, "dz_strides": (6, 3, 1), "dkl": at, "dkl_stride": 1, "dmoments": at}
     with pytest.raises(ValueError, match="strides must not be negative"):
-        getattr(_native.library(), f"{kernel}_cpu")(*moments, **REST[kernel](memory.data_ptr()))
+        getattr(_native.library(), f"{kernel}_cpu")(**moments, **keys, **rest)
