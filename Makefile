@@ -23,7 +23,7 @@ demo: setup
 test: setup
 	$(BIN)/pytest -m "not long"
 
-# Without what kernels-check does, for half an hour.
+# Without what kernels-check does.
 test-long: setup
 	$(BIN)/pytest -m long --ignore tests/test_kernel_resources.py --ignore tests/test_sanitize.py
 
