@@ -1,28 +1,27 @@
-"""Registers, stack, spills and shared memory of every CUDA kernel: compile each source for each architecture and tell.
+"""Registers, stack and shared memory of every CUDA kernel in the built library, for every architecture in it.
 
-Usage: python csrc/cuda_resources.py [--archs "80;90a;100"] [--json FILE] [source.cu ...]
+Usage: python csrc/cuda_resources.py [--json FILE]
 
-Needs nvcc (CUDACXX or PATH) and no GPU. Prints one row per source, architecture and kernel, the worst of its template
-instances; exits 1 when any instance spills or keeps a stack frame, 2 when a source does not compile or nvcc is missing.
+Reads the compiled library with the CUDA toolkit's cuobjdump or the one in Triton's wheel; needs no GPU. Prints a row a
+kernel and architecture, the worst of its template instances; exits with 1 when one keeps local memory or a stack frame,
+which is where registers spill to, or an architecture is missing, and with 2 when the library holds no CUDA kernels.
 --json writes the table to the section "cuda" of a file as well, beside the Triton kernels'.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import importlib.util
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCES = sorted(Path(__file__).resolve().parent.glob("cuda/*.cu"))
+from vitok import _native
+from vitok.kernels.resources import save
 
 
 class Usage(NamedTuple):
@@ -30,24 +29,15 @@ class Usage(NamedTuple):
 
     registers: int
     stack: int
-    spill_stores: int
-    spill_loads: int
+    local: int
     shared: int
 
 
-def parse(log: str) -> list[tuple[str, Usage]]:
-    """(mangled name, usage) of every entry point in the output of `ptxas -v`."""
-    found = []
-    for block in re.split(r"(?=ptxas info\s+: Compiling entry function)", log)[1:]:
-        entry = re.search(r"entry function '([^']+)'", block)
-        frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
-        used = re.search(r"Used (\d+) registers", block)
-        if not (entry and frame and used):
-            raise ValueError(f"this output of ptxas -v is not understood:\n{block}")
-        shared = re.search(r"(\d+) bytes smem", block)
-        usage = Usage(int(used[1]), *map(int, frame.groups()), shared=int(shared[1]) if shared else 0)
-        found.append((entry[1], usage))
-    return found
+def find_cuobjdump() -> str | None:
+    """cuobjdump from PATH or Triton's wheel, or None."""
+    triton = importlib.util.find_spec("triton")
+    wheel = triton and triton.origin and Path(triton.origin).parent / "backends" / "nvidia" / "bin"
+    return shutil.which("cuobjdump") or (shutil.which("cuobjdump", path=str(wheel)) if wheel else None)
 
 
 def kernel_name(mangled: str) -> str:
@@ -60,69 +50,55 @@ def kernel_name(mangled: str) -> str:
     return name
 
 
-def compile_source(nvcc: str, source: Path, arch: str) -> str:
-    """What ptxas says of `source` for sm_<arch>; CalledProcessError when it does not compile."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", str(Path(folder, "out.cubin"))]
-        command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", *target, str(source)]
-        return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
-
-
-def save(file: Path, section: str, version: str, rows: list[dict[str, object]]) -> None:
-    """Replace one section of a JSON file that holds a row a line."""
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    known[section] = {"version": version, "rows": rows}
-    parts = []
-    for name, part in sorted(known.items()):
-        lines = ",\n".join(json.dumps(row) for row in part["rows"])
-        parts.append(f'"{name}": {{"version": "{part["version"]}", "rows": [\n{lines}\n]}}')
-    file.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+def parse(dump: str) -> dict[tuple[str, str], list[Usage]]:
+    """(kernel, architecture) -> usage of each instance, out of `cuobjdump --dump-resource-usage`."""
+    found: dict[tuple[str, str], list[Usage]] = defaultdict(list)
+    arch = ""
+    function = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+    for line in re.sub(r":\n\s+REG", ": REG", dump).splitlines():
+        if match := re.match(r"arch = sm_(\w+)", line.strip()):
+            arch = match[1]
+        elif match := function.search(line):
+            registers, stack, shared, local = map(int, match.groups()[1:])
+            found[kernel_name(match[1]), arch].append(Usage(registers, stack, local, shared))
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archs", default=os.environ.get("VITOK_CUDA_ARCHS") or "80;90a;100")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("sources", nargs="*", type=Path, default=SOURCES, help="default: all of csrc/cuda")
     options = parser.parse_args()
-    archs = [arch for arch in re.split(r"[;,\s]+", options.archs) if arch]
-    nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc")
-    if nvcc is None:
-        print("error: nvcc was not found by CUDACXX or PATH.", file=sys.stderr)
+    library, facts, tool = _native.library(), _native.build_facts(), find_cuobjdump()
+    if library is None or not facts["cuda"]:
+        reason = _native.reason() if library is None else facts["cuda_reason"]
+        print(f"error: the built library holds no CUDA kernels: {reason}.", file=sys.stderr)
         return 2
-    tasks = [(source, arch) for source in options.sources for arch in archs]
-    spilled, rows = False, []
-    print(
-        f"{'source':<22}{'arch':<9}{'kernel':<34}{'instances':>9}{'registers':>10}{'stack':>7}{'spills':>8}{'shared':>8}"
-    )
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
-        logs = [pool.submit(compile_source, nvcc, *task) for task in tasks]
-        for (source, arch), log in zip(tasks, logs, strict=True):
-            try:
-                usages = parse(log.result())
-            except subprocess.CalledProcessError as error:
-                print(f"{error.output}\nerror: {source.name} does not compile for sm_{arch}.", file=sys.stderr)
-                return 2
-            kernels: dict[str, list[Usage]] = defaultdict(list)
-            for mangled, usage in usages:
-                kernels[kernel_name(mangled)].append(usage)
-            for kernel, instances in kernels.items():
-                registers, stack, stores, loads, shared = map(max, zip(*instances, strict=True))
-                spilled |= bool(stack or stores or loads)
-                usage = Usage(registers, stack, stores, loads, shared)._asdict()
-                rows.append(
-                    {"source": source.name, "kernel": kernel, "arch": arch, "instances": len(instances), **usage}
-                )
-                print(
-                    f"{source.name:<22}{'sm_' + arch:<9}{kernel:<34}{len(instances):>9}{registers:>10}{stack:>7}"
-                    f"{stores + loads:>8}{shared:>8}",
-                    flush=True,
-                )
+    if tool is None:
+        print("error: cuobjdump was found neither on PATH nor in an installed Triton.", file=sys.stderr)
+        return 2
+    command = [tool, "--dump-resource-usage", library.__file__]
+    found = parse(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    rows, problems = [], []
+    print(f"{'kernel':<34}{'arch':<9}{'instances':>9}{'registers':>10}{'stack':>7}{'local':>7}{'shared':>8}")
+    for kernel in sorted({kernel for kernel, _ in found}):
+        for arch in facts["cuda_archs"]:
+            instances = found.get((kernel, arch), [])
+            if not instances:
+                problems.append(f"{kernel} was not compiled for sm_{arch}")
+                continue
+            usage = Usage(*map(max, zip(*instances, strict=True)))
+            if usage.stack or usage.local:
+                problems.append(f"{kernel} for sm_{arch}: {usage.stack} bytes of stack, {usage.local} of local memory")
+            rows.append({"kernel": kernel, "arch": arch, "instances": len(instances), **usage._asdict()})
+            print(
+                f"{kernel:<34}{'sm_' + arch:<9}{len(instances):>9}{usage.registers:>10}{usage.stack:>7}"
+                f"{usage.local:>7}{usage.shared:>8}"
+            )
+    for problem in problems or ([] if rows else ["no kernel was found in the library"]):
+        print(f"error: {problem}.", file=sys.stderr)
     if options.json:
-        said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
-        version = re.search(r"release [\d.]+, V([\d.]+)", said)
-        save(options.json, "cuda", version[1] if version else "unknown", rows)
-    return int(spilled)
+        save(options.json, "cuda", facts["cuda_version"], rows)
+    return int(bool(problems) or not rows)
 
 
 if __name__ == "__main__":

@@ -133,18 +133,19 @@ def cuda_kernels() -> str:
     version, rows = kernel_rows("cuda")
     groups = defaultdict(list)
     for row in rows:
-        groups[row["source"], row["kernel"]].append(row)
+        groups[row["kernel"]].append(row)
     archs = dict.fromkeys(f"sm_{row['arch']}" for row in rows)
     lines = [
         f"nvcc {version}, for {', '.join(archs)}, in this order where they differ.",
         "",
-        "| source | kernel | instances | registers | shared bytes | stack bytes | spilled bytes |",
-        "|---|---|---|---|---|---|---|",
+        "| kernel | instances | registers | shared bytes | stack bytes | local bytes |",
+        "|---|---|---|---|---|---|",
     ]
-    for (source, kernel), group in groups.items():
-        fields = [slashed(row[name] for row in group) for name in ("instances", "registers", "shared", "stack")]
-        spilled = slashed(row["spill_stores"] + row["spill_loads"] for row in group)
-        lines.append(f"| {source} | `{kernel}` | {' | '.join(fields)} | {spilled} |")
+    for kernel, group in groups.items():
+        fields = [
+            slashed(row[name] for row in group) for name in ("instances", "registers", "shared", "stack", "local")
+        ]
+        lines.append(f"| `{kernel}` | {' | '.join(fields)} |")
     return "\n".join(lines)
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from vitok import _native
+
 pytest.importorskip("triton", reason="needs triton")
 
 ROOT = Path(__file__).resolve().parents[1]
+CUDA_RESOURCES = ROOT / "csrc" / "cuda_resources.py"
 COMMITTED = ROOT / "benchmarks" / "results" / "kernel-resources.json"
 
 
@@ -68,3 +72,21 @@ def test_tubelet_gather_has_wide_accesses_and_no_fused_rounding(table):
         if "WHOLE_ROWS=1" in row["tile"]:
             wide = instructions["LDG.E.64"] + instructions["LDG.E.128"]
             assert wide > 0, f"interleaved rows are to be read by wide loads: {row}"
+
+
+def test_cuda_kernels_of_the_built_library_do_not_spill():
+    result = subprocess.run([sys.executable, CUDA_RESOURCES], capture_output=True, text=True)
+    facts = _native.build_facts()
+    if _native.library() is None or not facts["cuda"]:
+        assert (result.returncode, result.stdout) == (2, "")
+        assert re.fullmatch(r"error: the built library holds no CUDA kernels: .+\.\n", result.stderr)
+        return
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()[1:]]
+    sources = "".join(file.read_text() for file in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    defined = set(re.findall(r"(\w+_kernel)\(", "".join(sources)))
+    assert {(kernel, arch) for kernel, arch, *_ in rows} == {
+        (k, f"sm_{a}") for k in defined for a in facts["cuda_archs"]
+    }
+    for _, _, instances, registers, stack, local, _ in rows:
+        assert int(instances) > 0 and 0 < int(registers) <= 255 and int(stack) == int(local) == 0
