@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitok import ops
 from vitok.config import StackConfig, ViTokConfig
 from vitok.positions import coordinates, rope_table, sincos_table
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, multiplied by `vitok.ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
 
 
 class TubeletEmbed(nn.Module):
@@ -39,7 +45,7 @@ class TubeletUnembed(nn.Module):
     def rows(self, tokens: Tensor) -> Tensor:
         """The pixels as rows [B, L, q * p * p * 3], a tubelet each."""
         bias = self.bias if len(self.bias) == len(self.weight) else self.bias.repeat(len(self.weight) // 3)
-        return F.linear(tokens, self.weight, bias)
+        return ops.linear(tokens, self.weight, bias)
 
 
 class Norm(nn.Module):
@@ -65,8 +71,8 @@ class Attention(nn.Module):
     def __init__(self, config: ViTokConfig, stack: StackConfig) -> None:
         super().__init__()
         self.heads, self.eps = stack.heads, config.norm_eps
-        self.qkv = nn.Linear(stack.width, 3 * stack.width, bias=config.qkv_bias)
-        self.proj = nn.Linear(stack.width, stack.width, bias=config.proj_bias)
+        self.qkv = Linear(stack.width, 3 * stack.width, bias=config.qkv_bias)
+        self.proj = Linear(stack.width, stack.width, bias=config.proj_bias)
         self.q_norm = nn.Parameter(torch.ones(stack.head_dim)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(stack.head_dim)) if config.qk_norm else None
 
@@ -81,8 +87,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ViTokConfig, stack: StackConfig) -> None:
         super().__init__()
         self.gate = config.gate
-        self.gate_up = nn.Linear(stack.width, 2 * stack.hidden, bias=config.mlp_bias)
-        self.down = nn.Linear(stack.hidden, stack.width, bias=config.mlp_bias)
+        self.gate_up = Linear(stack.width, 2 * stack.hidden, bias=config.mlp_bias)
+        self.down = Linear(stack.hidden, stack.width, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(ops.gated_mlp_act(self.gate_up(x), gate=self.gate))

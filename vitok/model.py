@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vitok.bottlenecks import BOTTLENECKS, Posterior
 from vitok.config import ViTokConfig
 from vitok.errors import InputError
-from vitok.layers import Stack, TubeletEmbed, TubeletUnembed
+from vitok.layers import Linear, Stack, TubeletEmbed, TubeletUnembed
 
 
 class Encoder(nn.Module):
@@ -32,7 +32,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ViTokConfig) -> None:
         super().__init__()
         self.config = config
-        self.from_latents = nn.Linear(config.channels, config.decoder_width)
+        self.from_latents = Linear(config.channels, config.decoder_width)
         self.stack = Stack(config, config.decoder)
         self.unembed = TubeletUnembed(config)
 

@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+with torch.device("cpu"):  # torch remembers its constructors at the first such block, which must be the real ones
+    torch.empty(0)
+
 
 def _poison(x: Tensor) -> Tensor:
     if x.is_floating_point() and x.device.type in ("cpu", "cuda") and type(x) is Tensor:

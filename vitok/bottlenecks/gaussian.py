@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitok import ops
+from vitok.layers import Linear
 from vitok.ops.gaussian_bottleneck import LOGVAR_RANGE
 
 
@@ -73,7 +74,7 @@ class GaussianBottleneck(nn.Module):
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.to_moments = nn.Linear(width, 2 * channels)
+        self.to_moments = Linear(width, 2 * channels)
 
     def forward(self, tokens: Tensor, grid: tuple[int, ...]) -> GaussianPosterior:
         return GaussianPosterior.from_moments(self.to_moments(tokens), grid)

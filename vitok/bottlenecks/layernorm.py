@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitok import ops
+from vitok.layers import Linear
 
 
 class PointPosterior:
@@ -38,7 +39,7 @@ class LayerNormBottleneck(nn.Module):
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.to_code = nn.Linear(width, channels)
+        self.to_code = Linear(width, channels)
 
     def forward(self, tokens: Tensor, grid: tuple[int, ...]) -> PointPosterior:
         code = ops.norm(self.to_code(tokens), None, kind="layer", eps=1e-6)

@@ -4,6 +4,7 @@ from vitok.ops._registry import Choice, ImplementationError, Preference, check_e
 from vitok.ops.attention import attention
 from vitok.ops.gated_mlp_act import gated_mlp_act
 from vitok.ops.gaussian_bottleneck import gaussian_bottleneck, gaussian_sample
+from vitok.ops.linear import linear
 from vitok.ops.noise import normal_noise
 from vitok.ops.norm import add_norm, norm
 from vitok.ops.pixel_loss import pixel_loss
@@ -21,6 +22,7 @@ __all__ = [
     "gated_mlp_act",
     "gaussian_bottleneck",
     "gaussian_sample",
+    "linear",
     "norm",
     "normal_noise",
     "pixel_loss",

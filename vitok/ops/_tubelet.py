@@ -23,29 +23,6 @@ def check_tubelet(tubelet: tuple[int, int]) -> None:
         raise InputError(f"tubelet must be (frames, pixels), both at least 1, got {tubelet}")
 
 
-def check_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, wanted: str, shape: tuple[int | None, int | None]
-) -> None:
-    """Refuse a weight not of `shape` (None: any), a bias that does not go with it, and tensors of two devices."""
-    if weight.dim() != 2 or any(n is not None and n != got for n, got in zip(shape, weight.shape, strict=True)):
-        raise InputError(f"weight must be {wanted}, got {list(weight.shape)}")
-    if not weight.is_floating_point():
-        raise InputError(f"weight must be floating point, got {weight.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise InputError(f"{name} must be on {x.device} as the input is, got one on {tensor.device}")
-
-
-def autocast(x: Tensor) -> torch.dtype:
-    """The dtype that a matrix product of x is to run in: autocast's where it is on, else x's own."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
 def _gather_empty(impl: str, pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> Tensor:
     batch, frames, height, width, colours = pixels.shape
     t, y, x = grid((frames, height, width), q, p)

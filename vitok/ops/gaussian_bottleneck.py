@@ -11,13 +11,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _triton, noise
 from vitok.ops._library import define
 from vitok.ops._registry import Implementation, Op
+from vitok.ops.linear import linear
 
 LOGVAR_RANGE = (-30.0, 20.0)
 CHUNK = 1024  # kSampleChunk of csrc/common/gaussian_sample.h
@@ -64,7 +64,7 @@ def gaussian_bottleneck(
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.device != tokens.device:
             raise InputError(f"{name} must be on {tokens.device} like tokens, got {x.device}")
-    moments = F.linear(tokens, weight.to(tokens.dtype), None if bias is None else bias.to(tokens.dtype))
+    moments = linear(tokens, weight, bias)
     z, kl = gaussian_sample(moments, seed=seed, sample_ids=sample_ids, sample=sample, impl=impl)
     mean, logvar = moments.chunk(2, -1)
     return z, mean, logvar.clamp(*LOGVAR_RANGE), kl

@@ -23,14 +23,13 @@ from vitok.ops._tubelet import (
     GATHER,
     UINT8_SCALE,
     UINT8_SHIFT,
-    autocast,
-    check_linear,
     check_tubelet,
     gather_backward,
     grid,
     native_refuses,
     triton_refuses,
 )
+from vitok.ops.linear import autocast, check_linear, product, product_dtype, wide_linear
 
 SOURCE_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -152,7 +151,8 @@ def _embed(impl: str, pixels: Tensor, weight: Tensor, bias: Tensor | None, q: in
 
         if kernel.fits(pixels, q, p):
             return kernel.tubelet_embed(pixels, weight, bias, q, p, UINT8_SCALE, UINT8_SHIFT)
-    return F.linear(GATHER(impl, pixels, q, p, pad_zero, weight.dtype), weight, bias)
+    compute = product_dtype(weight)
+    return wide_linear(GATHER(impl, pixels, q, p, pad_zero, compute), weight, bias, compute).to(weight.dtype)
 
 
 _FORWARD = define(
@@ -177,10 +177,10 @@ class _Embed(torch.autograd.Function):
         impl, q, p, pad_zero = ctx.arguments
         of_pixels = of_weight = of_bias = None
         if ctx.needs_input_grad[1]:
-            of_pixels = gather_backward(impl, gradient @ weight, pixels, q, p, pad_zero)
+            of_pixels = gather_backward(impl, product(gradient, weight), pixels, q, p, pad_zero)
         if ctx.needs_input_grad[2]:
-            rows = GATHER(impl, pixels, q, p, pad_zero, weight.dtype)
-            of_weight = gradient.flatten(0, 1).mT @ rows.flatten(0, 1)
+            rows = GATHER(impl, pixels, q, p, pad_zero, product_dtype(weight))
+            of_weight = product(gradient.flatten(0, 1).mT, rows.flatten(0, 1))
         if ctx.needs_input_grad[3]:
             of_bias = gradient.sum((0, 1))
         return None, of_pixels, of_weight, of_bias, None, None, None

@@ -20,14 +20,13 @@ from vitok.ops._library import define
 from vitok.ops._registry import Implementation, Op
 from vitok.ops._tubelet import (
     SCATTER,
-    autocast,
-    check_linear,
     check_tubelet,
     grid,
     native_refuses,
     scatter_backward,
     triton_refuses,
 )
+from vitok.ops.linear import autocast, check_linear, product, product_dtype, wide_linear
 
 LAYOUTS = ("channels_first", "channels_last")
 
@@ -201,7 +200,8 @@ def _unembed(
 
         frames, height, width = size
         return kernel.tubelet_unembed(tokens, weight, bias, q, p, (frames, height, width), dtype, channels_last)
-    pixels: Tensor = SCATTER(impl, F.linear(tokens, weight, bias), q, p, size, False, dtype, channels_last)
+    rows = wide_linear(tokens, weight, bias, product_dtype(tokens))
+    pixels: Tensor = SCATTER(impl, rows, q, p, size, False, dtype, channels_last)
     return pixels
 
 
@@ -228,9 +228,9 @@ class _Unembed(torch.autograd.Function):
         rows = scatter_backward(ctx.impl, gradient, *ctx.arguments)
         of_tokens = of_weight = of_bias = None
         if ctx.needs_input_grad[1]:
-            of_tokens = rows @ weight
+            of_tokens = product(rows, weight)
         if ctx.needs_input_grad[2]:
-            of_weight = rows.flatten(0, 1).mT @ tokens.flatten(0, 1)
+            of_weight = product(rows.flatten(0, 1).mT, tokens.flatten(0, 1))
         if ctx.needs_input_grad[3]:
             of_bias = rows.sum((0, 1))
         return None, of_tokens, of_weight, of_bias, None, None, None, None, None
