@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vitok import InputError, _native, ops
+from vitok import InputError, _native, layers, ops
 from vitok.ops import linear
 from vitok.ops._registry import ImplementationError
 
