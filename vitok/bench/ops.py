@@ -39,6 +39,7 @@ class Case:
     flops: int = 0
     backward_flops: int = 0
     backward: bool = True
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     tolerance: float = 0.03
     different: tuple[str, ...] = ()  # providers that compute less or draw other numbers, there to compare times
 
@@ -52,6 +53,11 @@ def implementations(
         for choice in ops.choices()
         if choice.op == op and choice.usable and choice.implementation not in leave_out
     }
+
+
+def fused(eager: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """What the compiler makes of an eager composition, compiled when it is first called."""
+    return {"torch.compile": torch.compile(eager, fullgraph=True, dynamic=False)}
 
 
 def normal(generator: torch.Generator, device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -86,6 +92,34 @@ def eager_scatter(rows: Tensor) -> Tensor:
     return pixels.reshape(BATCH, 3, 1, SIDE, SIDE)
 
 
+def token_pixels_inputs(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
+    elements = PATCH * PATCH * 3
+    weight = normal(g, device, dtype, elements, WIDTH) / 28
+    return normal(g, device, dtype, BATCH, TOKENS, WIDTH), weight, normal(g, device, dtype, elements)
+
+
+def eager_unembed(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return eager_scatter(F.linear(tokens, weight, bias))
+
+
+def linear_inputs(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
+    weight = normal(g, device, dtype, 3 * WIDTH, WIDTH) / 28
+    return normal(g, device, dtype, BATCH, TOKENS, WIDTH), weight, normal(g, device, dtype, 3 * WIDTH)
+
+
+def noise_inputs(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
+    return (torch.arange(BATCH, device=device),)
+
+
+def eager_noise(sample_ids: Tensor) -> Tensor:
+    """Torch's own noise, which depends on the batch."""
+    return torch.randn(BATCH, TOKENS * CHANNELS, device=sample_ids.device)
+
+
+def noise(sample_ids: Tensor, impl: str) -> Tensor:
+    return ops.normal_noise(0, sample_ids, TOKENS * CHANNELS, impl=impl)
+
+
 def norm_inputs(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
     return normal(g, device, dtype, BATCH, TOKENS, WIDTH), 1 + 0.1 * normal(g, device, dtype, WIDTH)
 
@@ -93,6 +127,14 @@ def norm_inputs(device: torch.device, dtype: torch.dtype, g: torch.Generator) ->
 def add_norm_inputs(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
     x, weight = norm_inputs(device, dtype, g)
     return x, torch.randn_like(x), weight
+
+
+def eager_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, (WIDTH,), weight, 1e-6)
+
+
+def eager_layer_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.layer_norm(x, (WIDTH,), weight, None, 1e-6)
 
 
 def eager_add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +235,7 @@ def eager_loss(rows: Tensor, target: Tensor) -> Tensor:
 
 
 # Two draws differ, so these are timed without comparing numbers; tests/ops does that.
-DRAWN = ("native", "triton", "reference", "linear, clamp, randn, KL", "clamp, randn, KL")
+DRAWN = ("native", "triton", "reference", "torch.compile", "linear, clamp, randn, KL", "clamp, randn, KL")
 ELEMENTS, PIXELS = BATCH * TOKENS * WIDTH, BATCH * SIDE * SIDE * 3
 
 
@@ -226,6 +268,7 @@ def cases() -> list[Case]:
     rms = partial(ops.norm, kind="rms", eps=1e-6)
     layer = partial(ops.norm, kind="layer", eps=1e-6)
     embed = partial(ops.tubelet_embed, tubelet=(1, PATCH))
+    unembed = partial(ops.tubelet_unembed, tubelet=(1, PATCH), size=(1, SIDE, SIDE))
     loss = partial(ops.pixel_loss, tubelet=(1, PATCH), kind="l2")
     return [
         Case(
@@ -274,11 +317,35 @@ def cases() -> list[Case]:
             backward_bytes=lambda size: 2 * size * PIXELS,
         ),
         Case(
+            "tubelet_unembed",
+            f"{BATCH} x {SIDE} x {SIDE}, width {WIDTH}",
+            token_pixels_inputs,
+            "linear + permute",
+            {
+                "linear + permute": eager_unembed,
+                **implementations("tubelet_unembed", unembed),
+            },
+            "tubelet_unembed",
+            bytes=lambda size: size * (ELEMENTS + WIDTH * PATCH * PATCH * 3 + PIXELS),
+            flops=2 * ELEMENTS * PATCH * PATCH * 3,
+            backward_flops=4 * ELEMENTS * PATCH * PATCH * 3,
+        ),
+        Case(
+            "linear",
+            f"{BATCH * TOKENS} x {WIDTH} to {3 * WIDTH}",
+            linear_inputs,
+            "F.linear",
+            {"F.linear": F.linear, **implementations("linear", ops.linear)},
+            "linear",
+            flops=2 * ELEMENTS * 3 * WIDTH,
+            backward_flops=4 * ELEMENTS * 3 * WIDTH,
+        ),
+        Case(
             "rms_norm",
             f"{BATCH * TOKENS} x {WIDTH}",
             norm_inputs,
             "F.rms_norm",
-            {"F.rms_norm": lambda x, w: F.rms_norm(x, (WIDTH,), w, 1e-6), **implementations("norm", rms)},
+            {"F.rms_norm": eager_rms_norm, **implementations("norm", rms), **fused(eager_rms_norm)},
             "norm",
             bytes=lambda size: 2 * size * ELEMENTS,
             backward_bytes=lambda size: 3 * size * ELEMENTS,
@@ -288,7 +355,7 @@ def cases() -> list[Case]:
             f"{BATCH * TOKENS} x {WIDTH}",
             norm_inputs,
             "F.layer_norm",
-            {"F.layer_norm": lambda x, w: F.layer_norm(x, (WIDTH,), w, None, 1e-6), **implementations("norm", layer)},
+            {"F.layer_norm": eager_layer_norm, **implementations("norm", layer), **fused(eager_layer_norm)},
             "norm",
             bytes=lambda size: 2 * size * ELEMENTS,
             backward_bytes=lambda size: 3 * size * ELEMENTS,
@@ -301,6 +368,7 @@ def cases() -> list[Case]:
             {
                 "x + residual, F.rms_norm": eager_add_norm,
                 **implementations("add_norm", add_norm),
+                **fused(eager_add_norm),
             },
             "add_norm",
             bytes=lambda size: 4 * size * ELEMENTS,
@@ -315,6 +383,7 @@ def cases() -> list[Case]:
                 {
                     "eager rope": eager_rope,
                     **implementations("qk_norm_rope", lambda *inputs, impl: ops.qk_norm_rope(*inputs, impl=impl)),
+                    **fused(eager_rope),
                 },
                 "qk_norm_rope",
                 bytes=lambda size: 6 * size * ELEMENTS,
@@ -331,7 +400,11 @@ def cases() -> list[Case]:
             f"{BATCH * TOKENS} x 2 x {HIDDEN}, silu",
             gate_inputs,
             "chunk, F.silu, *",
-            {"chunk, F.silu, *": eager_gate, **implementations("gated_mlp_act", ops.gated_mlp_act)},
+            {
+                "chunk, F.silu, *": eager_gate,
+                **implementations("gated_mlp_act", ops.gated_mlp_act),
+                **fused(eager_gate),
+            },
             "gated_mlp_act",
             bytes=lambda size: 3 * size * BATCH * TOKENS * HIDDEN,
             backward_bytes=lambda size: 5 * size * BATCH * TOKENS * HIDDEN,
@@ -357,6 +430,7 @@ def cases() -> list[Case]:
                 **implementations(
                     "gaussian_bottleneck", lambda moments, impl: ops.gaussian_sample(moments, seed=0, impl=impl)
                 ),
+                **fused(eager_sample),
             },
             "gaussian_bottleneck",
             different=DRAWN,
@@ -364,11 +438,23 @@ def cases() -> list[Case]:
             backward_bytes=lambda size: 5 * size * BATCH * TOKENS * CHANNELS,
         ),
         Case(
+            "normal_noise",
+            f"{BATCH} samples of {TOKENS * CHANNELS}",
+            noise_inputs,
+            "randn",
+            {"randn": eager_noise, **implementations("normal_noise", noise)},
+            "normal_noise",
+            dtypes=(torch.float32,),
+            different=("native", "triton", "reference"),
+            bytes=lambda size: size * BATCH * TOKENS * CHANNELS,
+            backward=False,
+        ),
+        Case(
             "pixel_loss",
             f"{BATCH} x {SIDE} x {SIDE} uint8, l2",
             loss_inputs,
             "image, permute, mse",
-            {"image, permute, mse": eager_loss, **implementations("pixel_loss", loss)},
+            {"image, permute, mse": eager_loss, **implementations("pixel_loss", loss), **fused(eager_loss)},
             "pixel_loss",
             bytes=lambda size: PIXELS * (1 + size),
             backward_bytes=lambda size: PIXELS * (1 + 2 * size),
