@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0 triton==3.7.1
 BIN := .venv/bin
 STAMP := .venv/installed
+# One process a core, whole files to each, so that what a file sets up once is set up once.
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 KERNELS := benchmarks/results/kernel-resources.json
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
@@ -21,15 +23,15 @@ demo: setup
 	$(BIN)/vitok reconstruct examples --out demo
 
 test: setup
-	$(BIN)/pytest -m "not long"
+	$(PYTEST) -m "not long"
 
 # Without what kernels-check does.
 test-long: setup
-	$(BIN)/pytest -m long --ignore tests/test_kernel_resources.py --ignore tests/test_sanitize.py
+	$(PYTEST) -m long --ignore tests/test_kernel_resources.py --ignore tests/test_sanitize.py
 
 # What can be proven of the kernels without a GPU.
 kernels-check: setup sanitize
-	$(BIN)/pytest tests/ops -m "not long" -k triton
+	$(PYTEST) tests/ops -m "not long" -k triton
 	$(BIN)/python -m vitok.kernels.resources
 	$(BIN)/python csrc/cuda_resources.py
 

@@ -185,3 +185,21 @@ def test_torch_is_no_build_requirement():
     text = (ROOT / "pyproject.toml").read_text()
     requires = re.search(r"^requires = \[(.*)\]", text, re.M)
     assert requires and "torch" not in requires[1] and "pybind11" in requires[1]
+
+
+@pytest.mark.long
+def test_an_installed_wheel_passes_the_core_of_the_suite(packages, tmp_path):
+    """With no source tree in sight; the kernels' own interpreter tests need no second run."""
+    (wheel,) = packages.glob("vitok-*.whl")
+    site = tmp_path / "site"
+    pip = run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel, cwd=tmp_path)
+    assert pip.returncode == 0, pip.stderr
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy2(ROOT / "pyproject.toml", tmp_path)
+    where = run(sys.executable, "-c", "import vitok; print(vitok.__file__)", cwd=tmp_path, PYTHONPATH=str(site))
+    assert where.stdout.strip() == str(site / "vitok" / "__init__.py"), where.stderr
+    core = ["tests/test_model.py", "tests/test_native.py", "tests/test_checkpoint.py", "tests/ops"]
+    pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not long", "-k", "not triton"]
+    result = run(*pytest_, *core, cwd=tmp_path, PYTHONPATH=str(site))
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert re.search(r"\d{3,} passed", result.stdout), result.stdout[-1000:]
