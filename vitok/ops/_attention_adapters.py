@@ -1,7 +1,7 @@
 """Attention of other libraries behind vitok's interface: torch's SDPA by backend, flash-attn 2, 3 and 4, xformers.
 
-Each adapter takes the positional arguments of the op. q and k are normalised and rotated by `qk_norm_rope` first; masks
-are said in the library's own words, or refused with the reason. Nothing is imported before an adapter runs.
+q and k are normalised and rotated by `qk_norm_rope` first; masks are said in the library's own words, or refused with
+the reason. Nothing is imported before an adapter runs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,29 @@ _SDPA_BACKENDS = {
 }  # fmt: skip
 
 
-def _rotated(
-    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, table: Tensor | None, eps: float
-) -> tuple[Tensor, ...]:
-    """q, k, v [B, L, heads, head_dim], q and k normalised and rotated."""
-    if q_weight is not None or table is not None:
-        qkv = qk_norm_rope(qkv, q_weight, k_weight, table, eps=eps)
-    return qkv.unbind(2)
+def _adapter(name: str, run: Callable[..., Tensor], refuses: Callable[..., str], missing: str = "") -> Implementation:
+    """An implementation made of `run(q, k, v, cu_seqlens, window, causal_block)`, on [B, L, heads, head_dim] each, and
+    `refuses(qkv, cu_seqlens, window, causal_block)`."""
+
+    def run_op(
+        qkv: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        table: Tensor | None,
+        cu_seqlens: Tensor | None,
+        eps: float,
+        window: int,
+        causal_block: int,
+    ) -> Tensor:
+        if q_weight is not None or table is not None:
+            qkv = qk_norm_rope(qkv, q_weight, k_weight, table, eps=eps)
+        return run(*qkv.unbind(2), cu_seqlens, window, causal_block)
+
+    def refuses_op(qkv: Tensor, *args: Any) -> str:
+        _, _, _, cu_seqlens, _, window, causal_block = args
+        return refuses(qkv, cu_seqlens, window, causal_block)
+
+    return Implementation(name, run_op, missing, refuses_op)
 
 
 def _sdpa_mask(length: int, window: int, causal_block: int) -> str:
@@ -48,17 +64,7 @@ def _readable(cu_seqlens: Tensor) -> bool:
     return cu_seqlens.is_cpu and not torch.compiler.is_compiling()
 
 
-def _sdpa_refuses(
-    backend: str,
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    table: Tensor | None,
-    cu_seqlens: Tensor | None,
-    eps: float,
-    window: int,
-    causal_block: int,
-) -> str:
+def _sdpa_refuses(backend: str, qkv: Tensor, cu_seqlens: Tensor | None, window: int, causal_block: int) -> str:
     length, how = qkv.shape[1], _sdpa_mask(qkv.shape[1], window, causal_block)
     if cu_seqlens is not None and _readable(cu_seqlens):
         length = int(cu_seqlens.diff().max())
@@ -74,7 +80,7 @@ def _sdpa_refuses(
     return ""
 
 
-def _sdpa_plain(q: Tensor, k: Tensor, v: Tensor, window: int, causal_block: int, cu_seqlens: Tensor | None) -> Tensor:
+def _sdpa_plain(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int, causal_block: int) -> Tensor:
     """[B, heads, L, head_dim] each."""
     length, mask = q.shape[2], None
     how = _sdpa_mask(length, window, causal_block) if cu_seqlens is None else "mask"
@@ -87,34 +93,24 @@ def _sdpa_plain(q: Tensor, k: Tensor, v: Tensor, window: int, causal_block: int,
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=how == "causal")
 
 
-def _sdpa(
-    backend: str,
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    table: Tensor | None,
-    cu_seqlens: Tensor | None,
-    eps: float,
-    window: int,
-    causal_block: int,
-) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in _rotated(qkv, q_weight, k_weight, table, eps))
-    if backend:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        with sdpa_kernel(getattr(SDPBackend, _SDPA_BACKENDS[backend])):
-            return _sdpa_segments(q, k, v, window, causal_block, cu_seqlens).transpose(1, 2)
-    return _sdpa_segments(q, k, v, window, causal_block, cu_seqlens).transpose(1, 2)
-
-
 def _sdpa_segments(
-    q: Tensor, k: Tensor, v: Tensor, window: int, causal_block: int, cu_seqlens: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int, causal_block: int
 ) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if cu_seqlens is None or not _readable(cu_seqlens):
-        return _sdpa_plain(q, k, v, window, causal_block, cu_seqlens)
+        return _sdpa_plain(q, k, v, cu_seqlens, window, causal_block).transpose(1, 2)
     lengths = cu_seqlens.diff().tolist()
     parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([_sdpa_plain(a, b, c, window, causal_block, None) for a, b, c in parts], dim=2)
+    return torch.cat([_sdpa_plain(a, b, c, None, window, causal_block) for a, b, c in parts], dim=2).transpose(1, 2)
+
+
+def _sdpa(backend: str, *args: Any) -> Tensor:
+    if not backend:
+        return _sdpa_segments(*args)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(getattr(SDPBackend, _SDPA_BACKENDS[backend])):
+        return _sdpa_segments(*args)
 
 
 def _found(*modules: str) -> str:
@@ -142,29 +138,19 @@ def _flash_attn_function(device: torch.device, segments: bool) -> tuple[Callable
     raise ImportError(f"flash-attn is installed, but none of its modules has {name}")
 
 
-def _flash_attn_refuses(qkv: Tensor, *args: Any) -> str:
+def _flash_attn_refuses(qkv: Tensor, cu_seqlens: Tensor | None, window: int, causal_block: int) -> str:
     if not qkv.is_cuda:
         return f"flash-attn takes CUDA tensors, got one on {qkv.device.type!r}"
     if qkv.dtype not in (torch.float16, torch.bfloat16):
         return f"flash-attn takes float16 and bfloat16, got {qkv.dtype}"
     if qkv.shape[-1] % 8 or qkv.shape[-1] > 256:
         return f"flash-attn takes a head_dim that is a multiple of 8 up to 256, got {qkv.shape[-1]}"
-    return "flash-attn has no block-causal mask" if args[-1] > 1 else ""
+    return "flash-attn has no block-causal mask" if causal_block > 1 else ""
 
 
-def _flash_attn(
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    table: Tensor | None,
-    cu_seqlens: Tensor | None,
-    eps: float,
-    window: int,
-    causal_block: int,
-) -> Tensor:
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int, causal_block: int) -> Tensor:
     """flash-attn 4 (`flash_attn.cute`), 3 (`flash_attn_interface`) or 2 (`flash_attn`)."""
-    q, k, v = _rotated(qkv, q_weight, k_weight, table, eps)
-    run, unlimited = _flash_attn_function(qkv.device, cu_seqlens is not None)
+    run, unlimited = _flash_attn_function(q.device, cu_seqlens is not None)
     side = unlimited if window < 0 else window
     options: dict[str, Any] = {"causal": causal_block == 1, "window_size": (side, 0 if causal_block == 1 else side)}
     if causal_block == 1 and window < 0:
@@ -176,23 +162,14 @@ def _flash_attn(
     else:
         # The longest segment is not known without waiting for the GPU; L is a bound, its extra blocks end at once.
         ends = cu_seqlens.int().contiguous()
-        options |= {f"cu_seqlens_{x}": ends for x in "qk"} | {f"max_seqlen_{x}": qkv.shape[1] for x in "qk"}
+        options |= {f"cu_seqlens_{x}": ends for x in "qk"} | {f"max_seqlen_{x}": q.shape[1] for x in "qk"}
         known = inspect.signature(run).parameters  # flash-attn 4 took no max_seqlen at first
         out = run(q[0], k[0], v[0], **{name: value for name, value in options.items() if name in known})
     out = out[0] if isinstance(out, tuple) else out  # flash-attn 4 returns lse as well
     return out if cu_seqlens is None else out[None]
 
 
-def _xformers_refuses(
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    table: Tensor | None,
-    cu_seqlens: Tensor | None,
-    eps: float,
-    window: int,
-    causal_block: int,
-) -> str:
+def _xformers_refuses(qkv: Tensor, cu_seqlens: Tensor | None, window: int, causal_block: int) -> str:
     if not qkv.is_cuda:
         return f"xformers takes CUDA tensors, got one on {qkv.device.type!r}"
     if qkv.dtype == torch.float64:
@@ -204,20 +181,10 @@ def _xformers_refuses(
     return ""
 
 
-def _xformers(
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    table: Tensor | None,
-    cu_seqlens: Tensor | None,
-    eps: float,
-    window: int,
-    causal_block: int,
-) -> Tensor:
+def _xformers(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int, causal_block: int) -> Tensor:
     """`memory_efficient_attention`; its segments are lists on the host, so that cu_seqlens waits for the GPU."""
     ops = importlib.import_module("xformers.ops")
     masks = importlib.import_module("xformers.ops.fmha.attn_bias")
-    q, k, v = _rotated(qkv, q_weight, k_weight, table, eps)
     bias = None
     if cu_seqlens is not None:
         bias = masks.BlockDiagonalMask.from_seqlens([n for n in cu_seqlens.diff().tolist() if n])
@@ -234,26 +201,23 @@ def _xformers(
 
 def implementations() -> list[Implementation]:
     """All adapters, the preferred first."""
-    sdpa = [
-        Implementation(
-            f"sdpa:{backend}" if backend else "sdpa", partial(_sdpa, backend), refuses=partial(_sdpa_refuses, backend)
-        )
-        for backend in ("", *_SDPA_BACKENDS)
-    ]
     return [
-        *sdpa,
-        Implementation(
+        *(
+            _adapter(f"sdpa:{backend}" if backend else "sdpa", partial(_sdpa, backend), partial(_sdpa_refuses, backend))
+            for backend in ("", *_SDPA_BACKENDS)
+        ),
+        _adapter(
             "flash_attn",
             _flash_attn,
-            missing=""
+            _flash_attn_refuses,
+            ""
             if _found("flash_attn_interface", "flash_attn")
             else "flash-attn is not installed; `pip install flash-attn` builds it",
-            refuses=_flash_attn_refuses,
         ),
-        Implementation(
+        _adapter(
             "xformers",
             _xformers,
-            missing="" if _found("xformers") else "xformers is not installed; `pip install xformers` brings it",
-            refuses=_xformers_refuses,
+            _xformers_refuses,
+            "" if _found("xformers") else "xformers is not installed; `pip install xformers` brings it",
         ),
     ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitok import _native
+from vitok.ops._tensors import address, compute_dtype, neighbouring
 
 HEAD_PADDING, TOKEN_PADDING = 16, 192  # as csrc/common/attention.h has them
 FORWARD_MATRICES, FORWARD_MATRICES_FLOAT64, BACKWARD_MATRICES = 2, 3, 8
@@ -48,20 +49,15 @@ def _inputs(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """What the kernel reads: heads side by side, weights of one dtype, the table in what it computes in, int64 ends."""
-    if qkv.stride(-1) != 1:
-        qkv = qkv.contiguous()
+    qkv = neighbouring(qkv)
     if q_weight is not None and k_weight is not None:
         common = torch.promote_types(q_weight.dtype, k_weight.dtype)
         q_weight, k_weight = q_weight.to(common).contiguous(), k_weight.to(common).contiguous()
     if table is not None:
-        table = table.to(torch.float64 if qkv.dtype == torch.float64 else torch.float32).contiguous()
+        table = table.to(compute_dtype(qkv)).contiguous()
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.long().contiguous()
     return qkv, q_weight, k_weight, table, cu_seqlens
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _arguments(
@@ -80,9 +76,9 @@ def _arguments(
     batch, length, _, heads, head_dim = qkv.shape
     return (
         qkv.data_ptr(), _native.DTYPE[qkv.dtype], (batch, length, heads, head_dim), qkv.stride()[:4],
-        _address(q_weight), _address(k_weight), "float32" if q_weight is None else _native.DTYPE[q_weight.dtype],
-        _address(table), eps, window, causal_block,
-        _address(cu_seqlens), 0 if cu_seqlens is None else len(cu_seqlens) - 1,
+        address(q_weight), address(k_weight), "float32" if q_weight is None else _native.DTYPE[q_weight.dtype],
+        address(table), eps, window, causal_block,
+        address(cu_seqlens), 0 if cu_seqlens is None else len(cu_seqlens) - 1,
         lse.data_ptr(), scratch.data_ptr(), scratch.numel(), slots,
     )  # fmt: skip
 
@@ -100,7 +96,7 @@ def forward(
     """out [B, L, heads, head_dim] and the logarithm of each row's sum of exponentials [B, heads, L]."""
     qkv, q_weight, k_weight, table, cu_seqlens = _inputs(qkv, q_weight, k_weight, table, cu_seqlens)
     batch, length, _, heads, head_dim = qkv.shape
-    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    wide = compute_dtype(qkv)
     out = qkv.new_empty((batch, length, heads, head_dim))
     lse = qkv.new_empty((batch, heads, length), dtype=wide)
     if out.numel() == 0:
@@ -127,8 +123,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv (contiguous), q_weight and k_weight (empty where there is none). Incoming ones are read by
     stride, and copied if the elements of a head do not lie side by side."""
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
+    grad = neighbouring(grad)
     dtypes = [None if w is None else w.dtype for w in (q_weight, k_weight)]
     qkv, q_weight, k_weight, table, cu_seqlens = _inputs(qkv, q_weight, k_weight, table, cu_seqlens)
     batch, length, _, heads, head_dim = qkv.shape

@@ -1,12 +1,17 @@
-"""Kernels as operators of torch: schema, fake tensors and devices, in one call."""
+"""Kernels as operators of torch (schema, fake tensors and devices in one call) and as implementations of an op."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+from vitok import _native
+from vitok.ops import _triton
+from vitok.ops._registry import Implementation
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("vitok", "FRAGMENT")
@@ -36,3 +41,13 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
         return operator(*args) if watched or tensor.is_meta else run(*args)
 
     return call
+
+
+def kernels(
+    run: Callable[..., Any], native_refuses: Callable[..., str], triton_refuses: Callable[..., str]
+) -> tuple[Implementation, Implementation]:
+    """The implementations "native" and "triton" of an op, both computed by `run(impl, *args)`."""
+    return (
+        Implementation("native", partial(run, "native"), missing=_native.reason(), refuses=native_refuses),
+        Implementation("triton", partial(run, "triton"), missing=_triton.MISSING, refuses=triton_refuses),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -21,8 +22,10 @@ def _missing() -> str:
 MISSING = _missing()  # why Triton cannot be used at all, or ""
 
 
-def refuses(tensor: Tensor) -> str:
-    """Why no Triton kernel can take this tensor, or ""."""
+def refuses(tensor: Tensor, *dtypes: torch.dtype | None) -> str:
+    """Why no Triton kernel can take this tensor and others of these dtypes, or ""."""
+    if torch.float64 in (tensor.dtype, *dtypes):
+        return "it computes in float32"
     if tensor.is_cuda or _INTERPRETED:
         return ""
     return f"Triton kernels take CUDA tensors (any, with TRITON_INTERPRET=1), got one on {tensor.device.type!r}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from vitok import _native
 from vitok.errors import InputError
-from vitok.ops import _triton
 from vitok.ops._library import define
 
 UINT8_SCALE, UINT8_SHIFT = 2.0 / 255.0, -1.0
@@ -44,10 +45,16 @@ def _gather(impl: str, pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: to
     return out
 
 
+def empty_clips(like: Tensor, size: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Clips of (T, H, W), as many as `like` has rows in its first dimension."""
+    batch = like.shape[0]
+    return like.new_empty((batch, *size, 3) if channels_last else (batch, 3, *size), dtype=dtype)
+
+
 def _scatter_empty(
     impl: str, rows: Tensor, q: int, p: int, size: list[int], fold_edges: bool, dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
-    return rows.new_empty((rows.shape[0], *size, 3) if channels_last else (rows.shape[0], 3, *size), dtype=dtype)
+    return empty_clips(rows, size, dtype, channels_last)
 
 
 def _scatter(
@@ -58,7 +65,7 @@ def _scatter(
         from vitok.kernels import tubelet_scatter as kernel
 
         return kernel.tubelet_scatter(rows, q, p, (frames, height, width), fold_edges, dtype, channels_last)
-    out = _scatter_empty(impl, rows, q, p, size, fold_edges, dtype, channels_last)
+    out = empty_clips(rows, size, dtype, channels_last)
     pixels = out if channels_last else out.permute(0, 2, 3, 4, 1)
     _native.run(
         "tubelet_scatter", rows,
@@ -102,10 +109,3 @@ def native_refuses(x: Tensor, p: int, dtype: torch.dtype, *others: Tensor | None
     if p > 256:
         return f"patches have at most 256 pixels a side, got {p}"
     return _native.refuses(x, *others)
-
-
-def triton_refuses(x: Tensor, *dtypes: torch.dtype) -> str:
-    """Why the Triton kernels cannot take x and tensors of these dtypes, or ""."""
-    if torch.float64 in (x.dtype, *dtypes):
-        return "it computes in float32"
-    return _triton.refuses(x)

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _attention_adapters, _attention_native, _triton
-from vitok.ops._library import define
+from vitok.ops._library import define, kernels
 from vitok.ops._registry import Implementation, Op
+from vitok.ops._tensors import compute_dtype, neighbouring
 from vitok.ops.qk_norm_rope import qk_norm_rope
 
 FAR = 2**30  # a window or block this large is the whole sequence; sums of two of them stay within int32
@@ -160,27 +159,24 @@ def reference(
         first, last = key_bounds(qkv.shape[1], window, causal_block, cu_seqlens, qkv.device)
         keys = torch.arange(qkv.shape[1], device=qkv.device)
         scores = scores.masked_fill((keys < first[:, None]) | (keys >= last[:, None]), -torch.inf)
-    compute = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    return (scores.softmax(-1, dtype=compute).to(v.dtype) @ v).transpose(1, 2)
+    return (scores.softmax(-1, dtype=compute_dtype(qkv)).to(v.dtype) @ v).transpose(1, 2)
 
 
 def _forward(impl: str, qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    kernels: Any = importlib.import_module("vitok.kernels.attention") if impl == "triton" else _attention_native
-    made: tuple[Tensor, Tensor] = kernels.forward(qkv, *args)
+    module: Any = importlib.import_module("vitok.kernels.attention") if impl == "triton" else _attention_native
+    made: tuple[Tensor, Tensor] = module.forward(qkv, *args)
     return made
 
 
 def _forward_empty(impl: str, qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     batch, length, _, heads, head_dim = qkv.shape
-    statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    return qkv.new_empty((batch, length, heads, head_dim)), qkv.new_empty((batch, heads, length), dtype=statistics)
+    lse = qkv.new_empty((batch, heads, length), dtype=compute_dtype(qkv))
+    return qkv.new_empty((batch, length, heads, head_dim)), lse
 
 
 def _backward(impl: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    kernels: Any = (
-        importlib.import_module("vitok.kernels.attention_backward") if impl == "triton" else _attention_native
-    )
-    made: tuple[Tensor, Tensor, Tensor] = kernels.backward(*args)
+    module: Any = importlib.import_module("vitok.kernels.attention_backward") if impl == "triton" else _attention_native
+    made: tuple[Tensor, Tensor, Tensor] = module.backward(*args)
     return made
 
 
@@ -225,8 +221,7 @@ class _Attention(torch.autograd.Function):
 
 def _run(impl: str, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *args: Any) -> Tensor:
     out: Tensor
-    if qkv.stride(-1) != 1:
-        qkv = qkv.contiguous()
+    qkv = neighbouring(qkv)
     trained = any(x is not None and x.requires_grad for x in (qkv, q_weight, k_weight))
     if trained and torch.is_grad_enabled():
         out = _Attention.apply(impl, qkv, q_weight, k_weight, *args)
@@ -260,13 +255,7 @@ def _triton_refuses(
 
 _OP = Op(
     "attention",
-    Implementation(
-        "native",
-        partial(_run, "native"),
-        missing=_native.reason(),
-        refuses=_native_refuses,
-    ),
-    Implementation("triton", partial(_run, "triton"), missing=_triton.MISSING, refuses=_triton_refuses),
+    *kernels(_run, _native_refuses, _triton_refuses),
     *_attention_adapters.implementations(),
     Implementation("reference", reference),
 )

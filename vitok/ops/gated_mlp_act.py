@@ -6,7 +6,6 @@ One pass forward and one backward, the halves read where they lie: no activation
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,8 +14,9 @@ from torch.nn import functional as F
 from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _triton
-from vitok.ops._library import define
+from vitok.ops._library import define, kernels
 from vitok.ops._registry import Implementation, Op
+from vitok.ops._tensors import as_rows
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
@@ -50,21 +50,6 @@ def reference(gate_up: Tensor, gate: str) -> Tensor:
     return _ACTIVATIONS[gate](first) * second
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int, int]:
-    """x, the number of its rows and how far apart they lie; a copy only where that is no fixed distance."""
-    width = x.shape[-1]
-    if not x.is_contiguous():
-        try:
-            rows = x.view(-1, width)
-        except RuntimeError:
-            x = x.contiguous()
-        else:
-            if width == 1 or rows.stride(1) == 1:
-                return x, rows.shape[0], rows.stride(0)
-            x = x.contiguous()
-    return x, x.numel() // width, width
-
-
 def _empty_forward(impl: str, gate_up: Tensor, gate: str) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
@@ -73,8 +58,9 @@ def _forward(impl: str, gate_up: Tensor, gate: str) -> Tensor:
     out = _empty_forward(impl, gate_up, gate)
     if out.numel() == 0:
         return out
-    gate_up, rows, stride = _rows(gate_up)
     hidden = out.shape[-1]
+    rows = out.numel() // hidden
+    gate_up, stride = as_rows(gate_up)
     if impl == "triton":
         from vitok.kernels import gated_mlp_act as kernel
 
@@ -95,9 +81,10 @@ def _backward(impl: str, grad: Tensor, gate_up: Tensor, gate: str) -> Tensor:
     grad_gate_up = _empty_backward(impl, grad, gate_up, gate)
     if grad_gate_up.numel() == 0:
         return grad_gate_up
-    gate_up, rows, stride = _rows(gate_up)
-    grad, _, grad_stride = _rows(grad)
     hidden = grad.shape[-1]
+    rows = grad.numel() // hidden
+    gate_up, stride = as_rows(gate_up)
+    grad, grad_stride = as_rows(grad)
     if impl == "triton":
         from vitok.kernels import gated_mlp_act as kernel
 
@@ -142,15 +129,12 @@ def _native_refuses(gate_up: Tensor, gate: str) -> str:
 
 
 def _triton_refuses(gate_up: Tensor, gate: str) -> str:
-    if gate_up.dtype == torch.float64:
-        return "it computes in float32"
     return _triton.refuses(gate_up)
 
 
 _OP = Op(
     "gated_mlp_act",
-    Implementation("native", partial(_run, "native"), missing=_native.reason(), refuses=_native_refuses),
-    Implementation("triton", partial(_run, "triton"), missing=_triton.MISSING, refuses=_triton_refuses),
+    *kernels(_run, _native_refuses, _triton_refuses),
     Implementation("reference", reference),
     pointwise=True,
 )

@@ -7,16 +7,15 @@ Welling (arXiv:1312.6114), appendix B; ViTok (arXiv:2501.09755), section 2.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _triton, noise
-from vitok.ops._library import define
+from vitok.ops._library import define, kernels
 from vitok.ops._registry import Implementation, Op
+from vitok.ops._tensors import address, compute_dtype
 from vitok.ops.linear import linear
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -104,7 +103,7 @@ def reference(
     """Eager composition."""
     mean, logvar = moments.chunk(2, -1)
     logvar = logvar.clamp(*LOGVAR_RANGE)
-    wide_mean, wide_logvar = (x.to(_kl_dtype(moments)) for x in (mean, logvar))
+    wide_mean, wide_logvar = (x.to(compute_dtype(moments)) for x in (mean, logvar))
     kl = 0.5 * (wide_mean.square() + (wide_logvar.expm1() - wide_logvar)).flatten(1).mean(1)
     if not sample:
         return mean, kl
@@ -112,10 +111,6 @@ def reference(
         sample_ids = torch.arange(moments.shape[0], device=moments.device)
     normal = noise.reference(sample_ids, seed, seed_at, mean.shape[1] * mean.shape[2]).view(mean.shape)
     return mean + torch.exp(0.5 * logvar) * normal.to(moments.dtype), kl
-
-
-def _kl_dtype(moments: Tensor) -> torch.dtype:
-    return torch.float64 if moments.dtype == torch.float64 else torch.float32
 
 
 def _sizes(moments: Tensor) -> tuple[int, int, int]:
@@ -127,7 +122,7 @@ def _forward_empty(
     impl: str, moments: Tensor, seed: int, seed_at: Tensor | None, sample_ids: Tensor | None, sample: bool
 ) -> tuple[Tensor, Tensor]:
     z = moments.new_empty(_sizes(moments) if sample else (0,))
-    return z, moments.new_empty((moments.shape[0],), dtype=_kl_dtype(moments))
+    return z, moments.new_empty((moments.shape[0],), dtype=compute_dtype(moments))
 
 
 def _forward(
@@ -150,15 +145,7 @@ def _forward(
     return z, kl
 
 
-def _backward_empty(
-    impl: str,
-    moments: Tensor,
-    dz: Tensor | None,
-    dkl: Tensor | None,
-    seed: int,
-    seed_at: Tensor | None,
-    sample_ids: Tensor | None,
-) -> Tensor:
+def _backward_empty(impl: str, moments: Tensor, *_: object) -> Tensor:
     return moments.new_empty(moments.shape)
 
 
@@ -171,7 +158,7 @@ def _backward(
     seed_at: Tensor | None,
     sample_ids: Tensor | None,
 ) -> Tensor:
-    dmoments = _backward_empty(impl, moments, dz, dkl, seed, seed_at, sample_ids)
+    dmoments = _backward_empty(impl, moments)
     if impl == "triton":
         from vitok.kernels import gaussian_sample as kernel
 
@@ -181,8 +168,8 @@ def _backward(
             "gaussian_sample_backward", moments,
             moments.data_ptr(), _native.DTYPE[moments.dtype], _sizes(moments), moments.stride(),
             *noise.native_keys(seed, seed_at, sample_ids),
-            0 if dz is None else dz.data_ptr(), (0, 0, 0) if dz is None else dz.stride(),
-            0 if dkl is None else dkl.data_ptr(), 0 if dkl is None else dkl.stride(0),
+            address(dz), (0, 0, 0) if dz is None else dz.stride(),
+            address(dkl), 0 if dkl is None else dkl.stride(0),
             dmoments.data_ptr(),
         )  # fmt: skip
     return dmoments
@@ -230,14 +217,11 @@ def _native_refuses(moments: Tensor, *_: object) -> str:
 
 
 def _triton_refuses(moments: Tensor, *_: object) -> str:
-    if moments.dtype == torch.float64:
-        return "it computes in float32"
     return _triton.refuses(moments)
 
 
 _OP = Op(
     "gaussian_bottleneck",
-    Implementation("native", partial(_run, "native"), missing=_native.reason(), refuses=_native_refuses),
-    Implementation("triton", partial(_run, "triton"), missing=_triton.MISSING, refuses=_triton_refuses),
+    *kernels(_run, _native_refuses, _triton_refuses),
     Implementation("reference", reference),
 )

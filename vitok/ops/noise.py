@@ -12,7 +12,7 @@ kernels/noise.py (Triton) give the same bits. Against exact Box-Muller a value i
 from __future__ import annotations
 
 import math
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from torch import Tensor
 from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _triton
-from vitok.ops._library import define
+from vitok.ops._library import define, kernels
 from vitok.ops._registry import Implementation, Op
+from vitok.ops._tensors import address
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -88,8 +89,8 @@ def native_keys(seed: int, seed_at: Tensor | None, sample_ids: Tensor | None) ->
     """NoiseKeys of csrc/common/noise.h. Whoever calls a kernel with them holds the tensors until it has run."""
     return (
         seed % 2**64,
-        0 if seed_at is None else seed_at.data_ptr(),
-        0 if sample_ids is None else sample_ids.data_ptr(),
+        address(seed_at),
+        address(sample_ids),
         0 if sample_ids is None else sample_ids.stride(0),
     )
 
@@ -190,7 +191,6 @@ def _triton_refuses(sample_ids: Tensor, *_: object) -> str:
 
 _OP = Op(
     "normal_noise",
-    Implementation("native", partial(_NOISE, "native"), missing=_native.reason(), refuses=_native_refuses),
-    Implementation("triton", partial(_NOISE, "triton"), missing=_triton.MISSING, refuses=_triton_refuses),
+    *kernels(_NOISE, _native_refuses, _triton_refuses),
     Implementation("reference", reference),
 )

@@ -7,7 +7,6 @@ sum and its norm in one pass: the sum is written once and not read again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from torch.nn import functional as F
 from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _triton
-from vitok.ops._library import define
+from vitok.ops._library import define, kernels
 from vitok.ops._registry import Implementation, Op
+from vitok.ops._tensors import address, as_rows, compute_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_GPU_WIDTH = 4096  # a row stays in the registers of one thread block
@@ -141,27 +141,12 @@ def add_reference(
     return reference(s, weight, bias, kind, eps), s
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """x as rows of neighbouring elements, and their distance. A copy where no single stride leads through all rows."""
-    width = x.shape[-1]
-    if x.is_contiguous():
-        return x, width
-    rows = x.reshape(-1, width)
-    if width > 1 and rows.stride(1) != 1:
-        rows = rows.contiguous()
-    return rows, rows.stride(0)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _parameters(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     """Contiguous, and of one dtype: that of x, or the one of the arithmetic."""
     dtype = x.dtype
     for p in parameters:
         if p is not None and p.dtype != dtype:
-            dtype = _compute_dtype(x)
+            dtype = compute_dtype(x)
             break
     return [
         p if p is None or (p.dtype == dtype and p.is_contiguous()) else p.to(dtype).contiguous() for p in parameters
@@ -173,10 +158,6 @@ def _parameter_dtype(otherwise: str, *parameters: Tensor | None) -> str:
         if p is not None:
             return _native.DTYPE[p.dtype]
     return otherwise
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _forward_fake(
@@ -196,7 +177,7 @@ def _forward_fake(
         outputs.append(torch.empty_like(x, memory_format=torch.contiguous_format))
     if save:
         rows = x.numel() // x.shape[-1]
-        outputs.append(torch.empty((1 + centred, rows), dtype=_compute_dtype(x), device=x.device))
+        outputs.append(torch.empty((1 + centred, rows), dtype=compute_dtype(x), device=x.device))
     return outputs
 
 
@@ -217,8 +198,8 @@ def _forward(
     stats = outputs[-1] if save else None
     width = x.shape[-1]
     rows = x.numel() // width
-    x, x_stride = _rows(x)
-    residual, residual_stride = (None, 0) if residual is None else _rows(residual)
+    x, x_stride = as_rows(x)
+    residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
     scale, weight, bias = _parameters(x, scale, weight, bias)
     if impl == "triton":
         from vitok.kernels import norm as kernel
@@ -230,9 +211,9 @@ def _forward(
     dtype = _native.DTYPE[x.dtype]
     _native.run(
         "norm_forward", x,
-        x.data_ptr(), x_stride, _address(residual), residual_stride, _address(scale), _address(weight), _address(bias),
+        x.data_ptr(), x_stride, address(residual), residual_stride, address(scale), address(weight), address(bias),
         dtype, _parameter_dtype(dtype, scale, weight, bias), rows, width, centred, eps,
-        _address(s), y.data_ptr(), _address(stats),
+        address(s), y.data_ptr(), address(stats),
     )  # fmt: skip
     return outputs
 
@@ -283,10 +264,10 @@ def _backward(
         return outputs
     blocks = _blocks(s, rows)
     partials = s.new_empty((blocks, *grads.shape), dtype=stats.dtype)
-    grad_y, grad_y_stride = _rows(grad_y)
-    grad_s, grad_s_stride = (None, 0) if grad_s is None else _rows(grad_s)
-    s, s_stride = _rows(s)
-    x, x_stride = (None, 0) if x is None else _rows(x)
+    grad_y, grad_y_stride = as_rows(grad_y)
+    grad_s, grad_s_stride = (None, 0) if grad_s is None else as_rows(grad_s)
+    s, s_stride = as_rows(s)
+    x, x_stride = (None, 0) if x is None else as_rows(x)
     scale, weight = _parameters(s, scale, weight)
     grad_x = grad_xs[0] if grad_xs else None
     if impl == "triton":
@@ -300,10 +281,10 @@ def _backward(
     dtype = _native.DTYPE[s.dtype]
     _native.run(
         "norm_backward", s,
-        grad_y.data_ptr(), grad_y_stride, _address(grad_s), grad_s_stride, s.data_ptr(), s_stride,
-        _address(x), x_stride, _address(scale), _address(weight), stats.data_ptr(),
+        grad_y.data_ptr(), grad_y_stride, address(grad_s), grad_s_stride, s.data_ptr(), s_stride,
+        address(x), x_stride, address(scale), address(weight), stats.data_ptr(),
         dtype, _parameter_dtype(dtype, scale, weight), rows, width, centred,
-        grad_sum.data_ptr(), _address(grad_x), *wanted, blocks, partials.data_ptr(), grads.data_ptr(),
+        grad_sum.data_ptr(), address(grad_x), *wanted, blocks, partials.data_ptr(), grads.data_ptr(),
     )  # fmt: skip
     return outputs
 
@@ -385,8 +366,6 @@ def _native_refuses(x: Tensor, *_: object) -> str:
 
 
 def _triton_refuses(x: Tensor, *_: object) -> str:
-    if x.dtype == torch.float64:
-        return "it computes in float32"
     if x.shape[-1] > MAX_GPU_WIDTH:
         return f"rows have at most {MAX_GPU_WIDTH} elements, got {x.shape[-1]}"
     return _triton.refuses(x)
@@ -395,8 +374,7 @@ def _triton_refuses(x: Tensor, *_: object) -> str:
 def _op(name: str, run: Callable[..., Any], reference: Callable[..., Any]) -> Op:
     return Op(
         name,
-        Implementation("native", partial(run, "native"), missing=_native.reason(), refuses=_native_refuses),
-        Implementation("triton", partial(run, "triton"), missing=_triton.MISSING, refuses=_triton_refuses),
+        *kernels(run, _native_refuses, _triton_refuses),
         Implementation("reference", reference),
         pointwise=True,
     )

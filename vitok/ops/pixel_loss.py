@@ -7,7 +7,6 @@ of a uint8 target. Both are read once forward and once backward.
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,8 +14,9 @@ from torch import Tensor
 from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _triton
-from vitok.ops._library import define
+from vitok.ops._library import define, kernels
 from vitok.ops._registry import Implementation, Op
+from vitok.ops._tensors import compute_dtype, neighbouring
 from vitok.ops.tubelet_embed import SOURCE_DTYPES, UINT8_SCALE, UINT8_SHIFT
 
 KINDS = ("l1", "l2", "charbonnier")
@@ -84,7 +84,7 @@ def pixel_loss(
 def reference(prediction: Tensor, target: Tensor, q: int, p: int, kind: str, eps: float) -> Tensor:
     """Eager composition; float64 when the prediction is."""
     batch, frames, height, width, colours = target.shape
-    compute = torch.float64 if prediction.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(prediction)
     t, h, w = -(-frames // q), -(-height // p), -(-width // p)
     tubelets = prediction.reshape(batch, t, h, w, q, p, p, colours).permute(0, 1, 4, 2, 5, 3, 6, 7)
     clip = tubelets.reshape(batch, t * q, h * p, w * p, colours)[:, :frames, :height, :width].to(compute)
@@ -101,23 +101,15 @@ def reference(prediction: Tensor, target: Tensor, q: int, p: int, kind: str, eps
     return distance.mean((1, 2, 3, 4))
 
 
-def _loss_dtype(prediction: Tensor) -> torch.dtype:
-    return torch.float64 if prediction.dtype == torch.float64 else torch.float32
-
-
-def _neighbouring(prediction: Tensor) -> Tensor:
-    return prediction if prediction.stride(2) == 1 else prediction.contiguous()
-
-
 def _empty_forward(impl: str, prediction: Tensor, target: Tensor, q: int, p: int, kind: str, eps: float) -> Tensor:
-    return prediction.new_empty(prediction.shape[0], dtype=_loss_dtype(prediction))
+    return prediction.new_empty(prediction.shape[0], dtype=compute_dtype(prediction))
 
 
 def _forward(impl: str, prediction: Tensor, target: Tensor, q: int, p: int, kind: str, eps: float) -> Tensor:
     loss = _empty_forward(impl, prediction, target, q, p, kind, eps)
     if loss.numel() == 0:
         return loss
-    prediction = _neighbouring(prediction)
+    prediction = neighbouring(prediction)
     scale, shift = (UINT8_SCALE, UINT8_SHIFT) if target.dtype == torch.uint8 else (1.0, 0.0)
     if impl == "triton":
         from vitok.kernels import pixel_loss as kernel
@@ -146,7 +138,7 @@ def _backward(
     grad_prediction = _empty_backward(impl, grad, prediction, target, q, p, kind, eps)
     if grad_prediction.numel() == 0:
         return grad_prediction
-    prediction = _neighbouring(prediction)
+    prediction = neighbouring(prediction)
     scale, shift = (UINT8_SCALE, UINT8_SHIFT) if target.dtype == torch.uint8 else (1.0, 0.0)
     if impl == "triton":
         from vitok.kernels import pixel_loss as kernel
@@ -197,14 +189,11 @@ def _native_refuses(prediction: Tensor, target: Tensor, q: int, p: int, kind: st
 
 
 def _triton_refuses(prediction: Tensor, target: Tensor, q: int, p: int, kind: str, eps: float) -> str:
-    if torch.float64 in (prediction.dtype, target.dtype):
-        return "it computes in float32"
-    return _triton.refuses(prediction)
+    return _triton.refuses(prediction, target.dtype)
 
 
 _OP = Op(
     "pixel_loss",
-    Implementation("native", partial(_run, "native"), missing=_native.reason(), refuses=_native_refuses),
-    Implementation("triton", partial(_run, "triton"), missing=_triton.MISSING, refuses=_triton_refuses),
+    *kernels(_run, _native_refuses, _triton_refuses),
     Implementation("reference", reference),
 )

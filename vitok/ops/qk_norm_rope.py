@@ -8,16 +8,15 @@ The pairs are halves apart, so that a kernel reads two contiguous runs (Su et al
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _triton
-from vitok.ops._library import define
+from vitok.ops._library import define, kernels
 from vitok.ops._registry import Implementation, Op
+from vitok.ops._tensors import address, compute_dtype, neighbouring
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Tokens whose shares of the weights' gradients become one float32 partial sum on the CPU; those are summed in float64.
@@ -98,7 +97,7 @@ def reference(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, table: Tensor | None, eps: float
 ) -> Tensor:
     qk, v = qkv[:, :, :2], qkv[:, :, 2:]
-    wide = qk if qk.dtype == torch.float64 else qk.float()
+    wide = qk.to(compute_dtype(qk))
     if q_weight is not None and k_weight is not None:
         weights = torch.stack((q_weight, k_weight))[:, None].to(wide.dtype)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weights
@@ -109,11 +108,6 @@ def reference(
     return torch.cat((wide.to(qkv.dtype), v), dim=2)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with elements of its last dimension side by side."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _blocks(qkv: Tensor) -> int:
     """Into how many parts the backward pass cuts the tokens; fixed by the shape, so that sums have one order."""
     tokens = qkv.shape[0] * qkv.shape[1]
@@ -122,22 +116,20 @@ def _blocks(qkv: Tensor) -> int:
     return max(1, -(-tokens // BLOCK_TOKENS))
 
 
-def _empty(
-    impl: str, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, table: Tensor | None, eps: float
-) -> Tensor:
+def _empty(impl: str, qkv: Tensor, *_: object) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
 def _forward(
     impl: str, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, table: Tensor | None, eps: float
 ) -> Tensor:
-    qkv = _rows(qkv)
-    q_weight, k_weight, table = (None if x is None else _rows(x) for x in (q_weight, k_weight, table))
+    qkv = neighbouring(qkv)
+    q_weight, k_weight, table = (None if x is None else neighbouring(x) for x in (q_weight, k_weight, table))
     if impl == "triton":
         from vitok.kernels import qk_norm_rope as kernel
 
         return kernel.qk_norm_rope_forward(qkv, q_weight, k_weight, table, eps)
-    out = _empty(impl, qkv, q_weight, k_weight, table, eps)
+    out = _empty(impl, qkv)
     batch, length, _, heads, head_dim = qkv.shape
     _native.run(
         "qk_norm_rope_forward", qkv,
@@ -158,13 +150,7 @@ def _table(table: Tensor | None) -> tuple[int, tuple[int, int]]:
 
 
 def _empty_backward(
-    impl: str,
-    grad: Tensor,
-    qkv: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    table: Tensor | None,
-    eps: float,
+    impl: str, grad: Tensor, qkv: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     dqkv = grad.new_empty(grad.shape)
     if q_weight is None or k_weight is None:
@@ -181,8 +167,8 @@ def _backward(
     table: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad = _rows(grad)
-    qkv, q_weight, k_weight, table = (None if x is None else _rows(x) for x in (qkv, q_weight, k_weight, table))
+    grad = neighbouring(grad)
+    qkv, q_weight, k_weight, table = (None if x is None else neighbouring(x) for x in (qkv, q_weight, k_weight, table))
     if impl == "triton":
         from vitok.kernels import qk_norm_rope as kernel
 
@@ -190,18 +176,17 @@ def _backward(
         if dq_weight is None or dk_weight is None:
             return dqkv, grad.new_empty(0), grad.new_empty(0)
         return dqkv, dq_weight, dk_weight
-    gradients = _empty_backward(impl, grad, qkv, q_weight, k_weight, table, eps)
+    gradients = _empty_backward(impl, grad, qkv, q_weight, k_weight)
     dqkv, dq_weight, dk_weight = gradients
     batch, length, _, heads, head_dim = grad.shape
     blocks = _blocks(grad)
     pointers = (0, 0, 0)
     if qkv is not None:
-        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        partials = grad.new_empty((blocks, 2, head_dim), dtype=wide)
+        partials = grad.new_empty((blocks, 2, head_dim), dtype=compute_dtype(grad))
         pointers = (dq_weight.data_ptr(), dk_weight.data_ptr(), partials.data_ptr())
     _native.run(
         "qk_norm_rope_backward", grad,
-        grad.data_ptr(), 0 if qkv is None else qkv.data_ptr(), _native.DTYPE[grad.dtype],
+        grad.data_ptr(), address(qkv), _native.DTYPE[grad.dtype],
         (batch, length, heads, head_dim), grad.stride()[:4], (0, 0, 0, 0) if qkv is None else qkv.stride()[:4],
         *_weights(q_weight, k_weight), *_table(table), eps, dqkv.data_ptr(), *pointers, blocks,
     )  # fmt: skip
@@ -269,14 +254,11 @@ def _native_refuses(
 def _triton_refuses(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, table: Tensor | None, eps: float
 ) -> str:
-    if torch.float64 in (qkv.dtype, None if q_weight is None else q_weight.dtype):
-        return "it computes in float32"
-    return _table_refused(table) or _triton.refuses(qkv)
+    return _triton.refuses(qkv, None if q_weight is None else q_weight.dtype) or _table_refused(table)
 
 
 _OP = Op(
     "qk_norm_rope",
-    Implementation("native", partial(_run, "native"), missing=_native.reason(), refuses=_native_refuses),
-    Implementation("triton", partial(_run, "triton"), missing=_triton.MISSING, refuses=_triton_refuses),
+    *kernels(_run, _native_refuses, _triton_refuses),
     Implementation("reference", reference),
 )

@@ -8,16 +8,13 @@ known slow path. Source: ViTok (arXiv:2501.09755), section 2.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _triton
-from vitok.ops._library import define
+from vitok.ops._library import define, kernels
 from vitok.ops._registry import Implementation, Op
 from vitok.ops._tubelet import (
     GATHER,
@@ -27,7 +24,6 @@ from vitok.ops._tubelet import (
     gather_backward,
     grid,
     native_refuses,
-    triton_refuses,
 )
 from vitok.ops.linear import autocast, check_linear, product, product_dtype, wide_linear
 
@@ -198,7 +194,7 @@ def _native_refuses(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch
 
 
 def _triton_refuses(pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> str:
-    return triton_refuses(pixels, dtype)
+    return _triton.refuses(pixels, dtype)
 
 
 def _native_embed_refuses(pixels: Tensor, weight: Tensor, bias: Tensor | None, q: int, p: int, pad_zero: bool) -> str:
@@ -206,19 +202,17 @@ def _native_embed_refuses(pixels: Tensor, weight: Tensor, bias: Tensor | None, q
 
 
 def _triton_embed_refuses(pixels: Tensor, weight: Tensor, bias: Tensor | None, q: int, p: int, pad_zero: bool) -> str:
-    return triton_refuses(pixels, weight.dtype)
+    return _triton.refuses(pixels, weight.dtype)
 
 
 _EMBED_OP = Op(
     "tubelet_embed",
-    Implementation("native", partial(_run_embed, "native"), missing=_native.reason(), refuses=_native_embed_refuses),
-    Implementation("triton", partial(_run_embed, "triton"), missing=_triton.MISSING, refuses=_triton_embed_refuses),
+    *kernels(_run_embed, _native_embed_refuses, _triton_embed_refuses),
     Implementation("reference", embed_reference),
 )
 
 _GATHER_OP = Op(
     "tubelet_gather",
-    Implementation("native", partial(_run_gather, "native"), missing=_native.reason(), refuses=_native_refuses),
-    Implementation("triton", partial(_run_gather, "triton"), missing=_triton.MISSING, refuses=_triton_refuses),
+    *kernels(_run_gather, _native_refuses, _triton_refuses),
     Implementation("reference", reference),
 )

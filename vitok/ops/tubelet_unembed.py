@@ -7,24 +7,22 @@ library matrix product and one scatter of its rows into the clip; the Triton one
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _triton
-from vitok.ops._library import define
+from vitok.ops._library import define, kernels
 from vitok.ops._registry import Implementation, Op
 from vitok.ops._tubelet import (
     SCATTER,
     check_tubelet,
+    empty_clips,
     grid,
     native_refuses,
     scatter_backward,
-    triton_refuses,
 )
 from vitok.ops.linear import autocast, check_linear, product, product_dtype, wide_linear
 
@@ -170,20 +168,6 @@ def _run_scatter(
     return scattered
 
 
-def _empty(
-    impl: str,
-    tokens: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    q: int,
-    p: int,
-    size: list[int],
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
-    return tokens.new_empty((tokens.shape[0], *size, 3) if channels_last else (tokens.shape[0], 3, *size), dtype=dtype)
-
-
 def _unembed(
     impl: str,
     tokens: Tensor,
@@ -209,7 +193,7 @@ _FORWARD = define(
     "tubelet_unembed_forward(str impl, Tensor tokens, Tensor weight, Tensor? bias, int q, int p, SymInt[] size,"
     " ScalarType dtype, bool channels_last) -> Tensor",
     _unembed,
-    _empty,
+    lambda impl, tokens, weight, bias, q, p, size, dtype, last: empty_clips(tokens, size, dtype, last),
 )
 
 
@@ -255,34 +239,20 @@ def _run_unembed(
 
 _UNEMBED_OP = Op(
     "tubelet_unembed",
-    Implementation(
-        "native",
-        partial(_run_unembed, "native"),
-        missing=_native.reason(),
-        refuses=lambda tokens, weight, bias, q, p, size, dtype, last: native_refuses(tokens, p, dtype),
-    ),
-    Implementation(
-        "triton",
-        partial(_run_unembed, "triton"),
-        missing=_triton.MISSING,
-        refuses=lambda tokens, *_: triton_refuses(tokens),
+    *kernels(
+        _run_unembed,
+        lambda tokens, weight, bias, q, p, size, dtype, last: native_refuses(tokens, p, dtype),
+        lambda tokens, *_: _triton.refuses(tokens),
     ),
     Implementation("reference", reference),
 )
 
 _SCATTER_OP = Op(
     "tubelet_scatter",
-    Implementation(
-        "native",
-        partial(_run_scatter, "native"),
-        missing=_native.reason(),
-        refuses=lambda rows, q, p, size, dtype, last: native_refuses(rows, p, dtype),
-    ),
-    Implementation(
-        "triton",
-        partial(_run_scatter, "triton"),
-        missing=_triton.MISSING,
-        refuses=lambda rows, *_: triton_refuses(rows),
+    *kernels(
+        _run_scatter,
+        lambda rows, q, p, size, dtype, last: native_refuses(rows, p, dtype),
+        lambda rows, *_: _triton.refuses(rows),
     ),
     Implementation("reference", scatter_reference),
 )
