@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import vitok
+from vitok import _native
+from vitok.ops._registry import OPS
 
 torch.set_num_threads(1)  # everything here is too small to share
 
@@ -88,6 +91,60 @@ def python() -> Callable[..., str]:
         return result.stdout.strip()
 
     return run
+
+
+def _usable_isas() -> list[str]:
+    library = _native.library()
+    if library is None:
+        return []
+    current, usable = library.cpu_isa(), []
+    for level in library.cpu_isas():
+        try:
+            library.set_cpu_isa(level)
+        except ValueError:  # this machine lacks it
+            continue
+        usable.append(level)
+    library.set_cpu_isa(current)
+    return usable
+
+
+_ISAS = _usable_isas()
+
+
+@pytest.fixture(scope="session")
+def usable_isas() -> list[str]:
+    """The instruction-set levels of the native library that this machine has, the lowest first."""
+    return _ISAS
+
+
+@pytest.fixture(params=_ISAS or [pytest.param("", marks=pytest.mark.skip(f"no native library: {_native.reason()}"))])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test with the native kernels of every instruction-set level of this machine in turn."""
+    library = _native.library()
+    assert library is not None
+    current = library.cpu_isa()
+    library.set_cpu_isa(request.param)
+    yield request.param
+    library.set_cpu_isa(current)
+
+
+@pytest.fixture
+def prefer() -> Callable[[str], AbstractContextManager[None]]:
+    """`with prefer(impl)`: "auto" tries it first in every op that has it, as VITOK_IMPL does for a whole process."""
+
+    @contextmanager
+    def preferring(impl: str) -> Iterator[None]:
+        before = {op: op.orders for op in OPS.values()}
+        for op, orders in before.items():
+            if impl in op.implementations:
+                op.orders = {key: (op.implementations[impl], *order) for key, order in orders.items()}
+        try:
+            yield
+        finally:
+            for op, orders in before.items():
+                op.orders = orders
+
+    return preferring
 
 
 @pytest.fixture

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitok
-from vitok.ops._registry import OPS
 
 V1 = {"preset": "author-v1", "channels": 16}
 
@@ -54,23 +50,10 @@ def test_the_paper_preset():
     assert f"{vitok.count('S-B/16', channels=16).macs / 1e9:.2f}" == "34.74"
 
 
-@contextmanager
-def references() -> Iterator[None]:
-    """Within it "auto" is every op's reference."""
-    before = {op: op.orders for op in OPS.values()}
-    for op, orders in before.items():
-        op.orders = {key: (op.implementations["reference"],) for key in orders}
-    try:
-        yield
-    finally:
-        for op, orders in before.items():
-            op.orders = orders
-
-
-def counted_by_torch(model: vitok.ViTok, pixels: torch.Tensor, size: tuple[int, ...]) -> tuple[int, int]:
+def counted_by_torch(model: vitok.ViTok, pixels: torch.Tensor, size: tuple[int, ...], prefer) -> tuple[int, int]:
     """FLOPs of encode and decode. The counter knows no fused kernels, hence the references."""
     flops = []
-    with torch.no_grad(), references():
+    with torch.no_grad(), prefer("reference"):
         with FlopCounterMode(display=False) as counter:
             posterior = model.encode(pixels)
         flops.append(counter.get_total_flops())
@@ -89,7 +72,7 @@ def parameters(module: torch.nn.Module) -> int:
     ("name", "frames", "height", "width"),
     [("S-B/16", 1, 256, 256), ("S-L/16", 1, 37, 211), ("S-B/4x8", 17, 33, 50), ("Ti-S/1x32x3", 1, 1, 1)],
 )
-def test_equals_torch_on_the_full_sizes(preset, name, frames, height, width):
+def test_equals_torch_on_the_full_sizes(prefer, preset, name, frames, height, width):
     """On the meta device, so that the real sizes cost nothing."""
     if preset == "v2":
         name = name.replace("Ti-", "B-").replace("-S", "-B").replace("S-", "B-")
@@ -99,7 +82,7 @@ def test_equals_torch_on_the_full_sizes(preset, name, frames, height, width):
     assert parameters(model) == counted.params
     shape = (1, frames, height, width, 3) if frames > 1 else (1, height, width, 3)
     size = (frames, height, width) if frames > 1 else (height, width)
-    encoder, decoder = counted_by_torch(model, torch.empty(shape, dtype=torch.uint8, device="meta"), size)
+    encoder, decoder = counted_by_torch(model, torch.empty(shape, dtype=torch.uint8, device="meta"), size, prefer)
     assert (encoder, decoder) == (2 * counted.encoder_macs, 2 * counted.decoder_macs)
 
 
@@ -111,11 +94,11 @@ def test_equals_torch_on_the_full_sizes(preset, name, frames, height, width):
         {"block": "parallel", "layer_scale": 1.0, "absolute": "sincos", "encoder_depth": 0},
     ],
 )
-def test_equals_torch_on_every_switch(tiny, pixels, fields):
+def test_equals_torch_on_every_switch(tiny, pixels, prefer, fields):
     model = tiny("S-B/2x8", **fields)
     counted = vitok.count(model.config, size=(9, 30), frames=5)
     assert parameters(model) == counted.params and parameters(model.encoder) == counted.encoder_params
-    flops = counted_by_torch(model, pixels(1, 5, 9, 30, 3), (5, 9, 30))
+    flops = counted_by_torch(model, pixels(1, 5, 9, 30, 3), (5, 9, 30), prefer)
     assert flops == (2 * counted.encoder_macs, 2 * counted.decoder_macs)
     assert counted.floats == model.encode(pixels(1, 5, 9, 30, 3)).mean.numel()
 

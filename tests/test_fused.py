@@ -6,8 +6,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,23 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import vitok
 from vitok import _native, ops
-from vitok.ops._registry import OPS
 
 needs_native = pytest.mark.skipif(_native.library() is None, reason=f"no native library: {_native.reason()}")
-
-
-@contextmanager
-def only(impl: str) -> Iterator[None]:
-    """Within it "auto" tries `impl` first, as VITOK_IMPL does for a whole process."""
-    before = {op: op.orders for op in OPS.values()}
-    for op, orders in before.items():
-        if impl in op.implementations:
-            op.orders = {key: (op.implementations[impl], *order) for key, order in orders.items()}
-    try:
-        yield
-    finally:
-        for op, orders in before.items():
-            op.orders = orders
 
 
 def step(model: vitok.ViTok, pictures: Tensor, seed: int) -> Tensor:
@@ -59,12 +43,12 @@ def train(model: vitok.ViTok, pictures: Tensor, steps: int) -> list[float]:
 @needs_native
 @pytest.mark.parametrize("steps", [5, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("preset", ["paper", "v2"])
-def test_training_follows_the_reference(tiny, pixels, preset, steps):
+def test_training_follows_the_reference(tiny, pixels, prefer, preset, steps):
     model, pictures = tiny(preset=preset, bottleneck="gaussian"), pixels(2, 3, 24, 20)
     other = copy.deepcopy(model)
-    with only("reference"):
+    with prefer("reference"):
         expected = train(model, pictures, steps)
-    with only("native"):
+    with prefer("native"):
         actual = train(other, pictures, steps)
     assert expected[-1] < 0.9 * expected[0]
     torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=1e-3, atol=1e-5)
@@ -109,11 +93,11 @@ def saved_bytes(model: vitok.ViTok, call: Callable[[], Tensor]) -> int:
 
 @needs_native
 @pytest.mark.parametrize("preset", ["paper", "author-v1", "v2"])
-def test_training_keeps_less(tiny, pixels, preset):
+def test_training_keeps_less(tiny, pixels, prefer, preset):
     model, pictures = tiny(preset=preset, bottleneck="gaussian").train(), pixels(2, 3, 64, 64)
     kept = {}
     for impl in ("native", "reference"):
-        with only(impl):
+        with prefer(impl):
             kept[impl] = saved_bytes(model, lambda: step(model, pictures, seed=0))
     print(preset, kept)
     assert kept["native"] < 0.8 * kept["reference"]

@@ -31,26 +31,6 @@ CSRC = Path(__file__).parents[2] / "csrc"
 BAND = 4096  # bytes before and behind everything that the kernels are given to write
 
 
-def usable_isas() -> list[str]:
-    current, usable = _C.cpu_isa(), []
-    for level in _C.cpu_isas():
-        try:
-            _C.set_cpu_isa(level)
-        except ValueError:
-            continue
-        usable.append(level)
-    _C.set_cpu_isa(current)
-    return usable
-
-
-@pytest.fixture(params=usable_isas())
-def isa(request):
-    current = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(current)
-
-
 def guarded(size: int) -> tuple[Tensor, Tensor]:
     """`size` bytes of which every float is NaN, and the whole memory with a band on both sides."""
     memory = torch.full((size + 2 * BAND,), 255, dtype=torch.uint8)
@@ -157,8 +137,8 @@ def some_grad(inputs, seed=9):
     ("length", "width"),
     [(1, 64), (5, 8), (63, 64), (64, 72), (65, 96), (130, 80), (130, 128), (300, 64), (70, 256), (40, 16), (33, 24)],
 )
-def test_lengths_and_widths(isa, dtype, length, width, judge):
-    if dtype == torch.float64 and isa != usable_isas()[-1]:
+def test_lengths_and_widths(isa, usable_isas, dtype, length, width, judge):
+    if dtype == torch.float64 and isa != usable_isas[-1]:
         pytest.skip("one scalar path serves every level")
     inputs = make(2, length, 2, width, dtype, seed=length)
     compare(judge, inputs, some_grad(inputs))
@@ -453,10 +433,10 @@ class Arguments(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
+def emulated(tmp_path_factory, usable_isas):
     """The kernel with bf16 dot products emulated, as forward(name, *arguments) in the place of `_native.run`."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None or "avx512" not in usable_isas() or not CSRC.is_dir():
+    if compiler is None or "avx512" not in usable_isas or not CSRC.is_dir():
         pytest.skip("needs the sources, a C++ compiler and AVX-512")
     folder = tmp_path_factory.mktemp("emulated")
     (folder / "emulated.cpp").write_text(

@@ -47,34 +47,10 @@ def check(judge, impl, gate, x, seed):
         judge(actual, baseline, oracle)
 
 
-def usable_levels():
-    library = _native.library()
-    if library is None:
-        return ["none"]
-    current, usable = library.cpu_isa(), []
-    for level in library.cpu_isas():
-        try:
-            library.set_cpu_isa(level)
-        except ValueError:
-            continue
-        usable.append(level)
-    library.set_cpu_isa(current)
-    return usable
-
-
-@pytest.fixture(params=usable_levels())
-def level(request):
-    library = _native.library()
-    current = library.cpu_isa()
-    library.set_cpu_isa(request.param)
-    yield request.param
-    library.set_cpu_isa(current)
-
-
 @needs_native
 @gates
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_native_cpu_at_every_level(level, dtype, gate, judge):
+def test_native_cpu_at_every_level(isa, dtype, gate, judge):
     for width in WIDTHS:
         x = (3 * torch.randn(3, 2 * width)).to(dtype)
         check(judge, "native", gate, x, torch.randn(3, width).to(dtype))

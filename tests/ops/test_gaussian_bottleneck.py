@@ -34,30 +34,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture
-def isa():
-    """`isa(level)` for one test."""
-    library = _native.library()
-    before = library.cpu_isa() if library else None
-    yield lambda level: library.set_cpu_isa(level)
-    if library:
-        library.set_cpu_isa(before)
-
-
-def levels():
-    library = _native.library()
-    usable = []
-    for level in library.cpu_isas() if library else []:
-        before = library.cpu_isa()
-        try:
-            library.set_cpu_isa(level)
-            usable.append(level)
-        except ValueError:
-            pass
-        library.set_cpu_isa(before)
-    return usable
-
-
 def random_moments(shape, dtype, device="cpu"):
     """Log-variances near the prior and down to the clamp; large ones, which drown a KL, are tested apart."""
     batch, tokens, channels = shape
@@ -93,11 +69,9 @@ def compare(judge, moments, impl, **options):
 
 
 @needs_native
-@pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_native(judge, isa, level, dtype, shape):
-    isa(level)
+def test_native(judge, isa, dtype, shape):
     compare(judge, random_moments(shape, dtype), "native")
 
 

@@ -87,21 +87,9 @@ def test_follows_the_definition(seed, sample, elements):
 
 @needs_native
 @pytest.mark.parametrize(("seed", "ids", "elements"), BITS, ids=str)
-def test_native_has_the_bits_of_the_reference_at_every_level(seed, ids, elements):
-    library = _native.library()
+def test_native_has_the_bits_of_the_reference_at_every_level(isa, seed, ids, elements):
     wanted = normal_noise(seed, torch.tensor(ids), elements, impl="reference")
-    before, tried = library.cpu_isa(), []
-    try:
-        for level in library.cpu_isas():
-            try:
-                library.set_cpu_isa(level)
-            except ValueError:  # a level this machine lacks
-                continue
-            tried.append(level)
-            assert torch.equal(normal_noise(seed, torch.tensor(ids), elements, impl="native"), wanted), level
-    finally:
-        library.set_cpu_isa(before)
-    assert "baseline" in tried
+    assert torch.equal(normal_noise(seed, torch.tensor(ids), elements, impl="native"), wanted)
 
 
 @needs_triton

@@ -87,20 +87,6 @@ def check(judge, inputs, gradients, kind, impl, plain=False):
             judge(ours, theirs, exact)
 
 
-@pytest.fixture(params=_native.library().cpu_isas() if _native.library() else ["none"])
-def isa(request):
-    library = _native.library()
-    if library is None:
-        pytest.skip(f"no native library: {_native.reason()}")
-    before = library.cpu_isa()
-    try:
-        library.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    library.set_cpu_isa(before)
-
-
 @impls
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", [1, 72, 768, 2050])

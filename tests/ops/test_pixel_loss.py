@@ -79,30 +79,6 @@ def check(judge, impl, tubelet, kind, prediction, target):
             judge(actual, baseline, oracle)
 
 
-def usable_levels():
-    library = _native.library()
-    if library is None:
-        return ["none"]
-    current, usable = library.cpu_isa(), []
-    for level in library.cpu_isas():
-        try:
-            library.set_cpu_isa(level)
-        except ValueError:
-            continue
-        usable.append(level)
-    library.set_cpu_isa(current)
-    return usable
-
-
-@pytest.fixture(params=usable_levels())
-def level(request):
-    library = _native.library()
-    current = library.cpu_isa()
-    library.set_cpu_isa(request.param)
-    yield request.param
-    library.set_cpu_isa(current)
-
-
 @kinds
 def test_reference_is_the_formula(kind):
     for tubelet, size in CASES:
@@ -115,7 +91,7 @@ def test_reference_is_the_formula(kind):
 @needs_native
 @kinds
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
-def test_native_cpu_at_every_level(level, dtype, kind, judge):
+def test_native_cpu_at_every_level(isa, dtype, kind, judge):
     for tubelet, size in CASES:
         check(judge, "native", tubelet, kind, *make(tubelet, size, dtype))
 

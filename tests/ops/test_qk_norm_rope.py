@@ -21,31 +21,6 @@ needs_native = pytest.mark.skipif(NATIVE is None, reason=f"no native library: {_
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-def isas():
-    """The instruction set levels of this build that this machine has."""
-    if NATIVE is None:
-        return ["native"]
-    current, usable = NATIVE.cpu_isa(), []
-    for level in NATIVE.cpu_isas():
-        try:
-            NATIVE.set_cpu_isa(level)
-        except ValueError:
-            continue
-        usable.append(level)
-    NATIVE.set_cpu_isa(current)
-    return usable
-
-
-@pytest.fixture(params=isas())
-def isa(request):
-    if NATIVE is None:
-        pytest.skip(f"no native library: {_native.reason()}")
-    current = NATIVE.cpu_isa()
-    NATIVE.set_cpu_isa(request.param)
-    yield request.param
-    NATIVE.set_cpu_isa(current)
-
-
 def formula(qkv, q_weight, k_weight, table, eps):
     """Pair by pair, with complex numbers: channel i is the real part, channel i + d/2 the imaginary one."""
     out = qkv.clone()

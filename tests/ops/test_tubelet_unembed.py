@@ -26,18 +26,6 @@ kernels = pytest.mark.parametrize("impl", [NATIVE, TRITON])
 TUBELETS = [(1, 4, (1, 8, 12)), (2, 4, (3, 5, 9)), (1, 8, (2, 9, 17)), (4, 3, (1, 1, 1)), (1, 1, (1, 2, 3))]
 
 
-@pytest.fixture(params=_native.library().cpu_isas() if _native.library() else [])
-def isa(request):
-    library = _native.library()
-    current = library.cpu_isa()
-    try:
-        library.set_cpu_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    library.set_cpu_isa(current)
-
-
 def count(q, p, size):
     return math.prod(math.ceil(n / step) for n, step in zip(size, (q, p, p), strict=True))
 
