@@ -24,9 +24,16 @@ MASK_LENGTH = 4096  # an explicit L x L mask is built up to here: 16 MiB of bool
 _SDPA_BACKENDS = {
     "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH",
 }  # fmt: skip
+_CUDA = ("cuda",)
 
 
-def _adapter(name: str, run: Callable[..., Tensor], refuses: Callable[..., str], missing: str = "") -> Implementation:
+def _adapter(
+    name: str,
+    run: Callable[..., Tensor],
+    refuses: Callable[..., str],
+    missing: str = "",
+    devices: tuple[str, ...] = _CUDA,
+) -> Implementation:
     """An implementation made of `run(q, k, v, cu_seqlens, window, causal_block)`, on [B, L, heads, head_dim] each, and
     `refuses(qkv, cu_seqlens, window, causal_block)`."""
 
@@ -48,7 +55,7 @@ def _adapter(name: str, run: Callable[..., Tensor], refuses: Callable[..., str],
         _, _, _, cu_seqlens, _, window, causal_block = args
         return refuses(qkv, cu_seqlens, window, causal_block)
 
-    return Implementation(name, run_op, missing, refuses_op)
+    return Implementation(name, run_op, missing, refuses_op, devices)
 
 
 def _sdpa_mask(length: int, window: int, causal_block: int) -> str:
@@ -203,7 +210,12 @@ def implementations() -> list[Implementation]:
     """All adapters, the preferred first."""
     return [
         *(
-            _adapter(f"sdpa:{backend}" if backend else "sdpa", partial(_sdpa, backend), partial(_sdpa_refuses, backend))
+            _adapter(
+                f"sdpa:{backend}" if backend else "sdpa",
+                partial(_sdpa, backend),
+                partial(_sdpa_refuses, backend),
+                devices=_CUDA if backend in ("efficient", "cudnn") else ("cpu", "cuda"),
+            )
             for backend in ("", *_SDPA_BACKENDS)
         ),
         _adapter(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from vitok import _native
@@ -20,8 +21,8 @@ _LIBRARY = torch.library.Library("vitok", "FRAGMENT")
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register `vitok::<name>` and return a function that computes it.
 
-    The function goes through torch's dispatcher where somebody watches it (the compiler, a mode, a tensor subclass) and
-    else straight to `run`, which saves several microseconds a call.
+    The function goes through torch's dispatcher where somebody watches it (the compiler, a mode, a tensor subclass) or
+    has left something to do (a lazy negation) and else straight to `run`, which saves several microseconds a call.
 
     Args:
         schema: "name(str impl, Tensor x, ...) -> Tensor"; the implementation, then a tensor, then anything.
@@ -36,11 +37,37 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     operator: Callable[..., Any] = getattr(torch.ops.vitok, name).default
 
     def call(*args: Any) -> Any:
-        tensor = args[1]
-        watched = torch.compiler.is_compiling() or _len_torch_dispatch_stack() or type(tensor) not in _PLAIN
-        return operator(*args) if watched or tensor.is_meta else run(*args)
+        if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or type(args[1]) not in _PLAIN:
+            return operator(*args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
+        lazy = any(isinstance(x, torch.Tensor) and x.is_neg() for x in args)
+        return operator(*args) if lazy or args[1].is_meta else run(*args)
 
     return call
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    for x in args:
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(f"{name} has no forward-mode derivative; impl='reference' has one")
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the backward of an autograd.Function refuse create_graph, rather than give a gradient that lacks terms.
+
+    Torch's own `once_differentiable` notices only where the incoming gradient has a graph.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "vitok's kernels have no gradient of a gradient (create_graph); impl='reference' has one"
+            )
+        return backward(ctx, *gradients)
+
+    return run
 
 
 def kernels(
@@ -49,5 +76,5 @@ def kernels(
     """The implementations "native" and "triton" of an op, both computed by `run(impl, *args)`."""
     return (
         Implementation("native", partial(run, "native"), missing=_native.reason(), refuses=native_refuses),
-        Implementation("triton", partial(run, "triton"), missing=_triton.MISSING, refuses=triton_refuses),
+        Implementation("triton", partial(run, "triton"), _triton.MISSING, triton_refuses, devices=_triton.DEVICES),
     )

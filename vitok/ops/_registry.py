@@ -40,12 +40,20 @@ def _always(*_: Any) -> str:
 @dataclass(frozen=True)
 class Implementation:
     """`run` computes the op. `missing` says why it cannot run on this machine at all, `refuses(*args)` why not on these
-    arguments (the op's positional ones); both say "" when it can."""
+    arguments (the op's positional ones); both say "" when it can. "auto" considers it on the `devices` it is meant for.
+    """
 
     name: str
     run: Callable[..., Any]
     missing: str = ""
     refuses: Callable[..., str] = _always
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def unusable(self) -> str:
+        """Why it is of no use on this machine, or ""."""
+        if self.missing or "cpu" in self.devices or torch.cuda.is_available():
+            return self.missing
+        return "it is for CUDA, and there is no CUDA device"
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Op:
         self.measured = _AUTO.get(name, {})
         self.implementations = {implementation.name: implementation for implementation in implementations}
         self.orders = {
-            (is_cuda, dtype): self._order("cuda" if is_cuda else _CPU, dtype)
+            (is_cuda, dtype): self._order("cuda" if is_cuda else "cpu", dtype)
             for is_cuda in (False, True)
             for dtype in _native.DTYPE
         }
@@ -86,7 +94,7 @@ class Op:
                 if not (candidate.missing or candidate.refuses(*args)):
                     return candidate
             raise ImplementationError(f"no implementation of {self.name} takes these arguments")
-        if impl not in self.implementations:
+        if not isinstance(impl, str) or impl not in self.implementations:
             raise ImplementationError(
                 f"{self.name} has no implementation {impl!r}; it has {', '.join(self.implementations)}"
             )
@@ -102,16 +110,21 @@ class Op:
         return tuple(self.implementations.values())
 
     def _order(self, device: str, dtype: torch.dtype) -> tuple[Implementation, ...]:
-        measured = self.measured.get(f"{device} {str(dtype).removeprefix('torch.')}")
+        measured = self.measured.get(_key(device, dtype))
         names = measured["order"] if measured else self.implementations
-        # On the CPU Triton is its interpreter, which is for tests and never the better choice.
-        chosen = [name for name in names if device == "cuda" or name != "triton"]
+        chosen = [name for name in names if device in self.implementations[name].devices]
         first = [_FIRST] if _FIRST in self.implementations else []
         return tuple(self.implementations[name] for name in [*first, *chosen])
 
     def choices(self) -> Iterator[Choice]:
         for implementation in self.implementations.values():
-            yield Choice(self.name, implementation.name, not implementation.missing, implementation.missing)
+            reason = implementation.unusable()
+            yield Choice(self.name, implementation.name, not reason, reason)
+
+
+def _key(device: str, dtype: torch.dtype) -> str:
+    """What auto.json calls a device of this machine with a dtype."""
+    return f"{_CPU if device == 'cpu' else device} {str(dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
@@ -131,12 +144,12 @@ def preferences() -> list[Preference]:
     for op in OPS.values():
         pixels = any(key.endswith(" uint8") for key in op.measured)
         for dtype in (torch.uint8,) if pixels else (torch.bfloat16, torch.float32):
-            for device in (_CPU, "cuda"):
+            for device in ("cpu", "cuda"):
                 order = tuple(i.name for i in op.orders[device == "cuda", dtype] if not i.missing)
-                name = str(dtype).removeprefix("torch.")
-                measured = op.measured.get(f"{device} {name}")
+                measured = op.measured.get(_key(device, dtype))
                 why = measured["why"] if measured else "not measured here: the op's own order"
-                lines.append(Preference(op.name, device, name, order, why))
+                where, _, name = _key(device, dtype).partition(" ")
+                lines.append(Preference(op.name, where, name, order, why))
     return lines
 
 

@@ -1,9 +1,40 @@
-"""What ops ask of a tensor before its address goes to a kernel."""
+"""What ops ask of their arguments, and of a tensor before its address goes to a kernel."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from vitok.errors import InputError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_float(name: str, x: Tensor) -> None:
+    """InputError for anything but the four dtypes that kernels compute on."""
+    if x.dtype not in FLOATS:
+        raise InputError(
+            f"{name} must be floating point, float32, bfloat16, float16 or float64, got {str(x.dtype).split('.')[-1]}"
+        )
+
+
+def check_eps(eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
+        raise InputError(f"eps must be a finite number of at least 0, got {eps!r}")
+
+
+def is_integer(n: object, least: int) -> bool:
+    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and n >= least
+
+
+def check_integers(name: str, values: object, wanted: str) -> None:
+    """InputError unless `values` are as many integers of at least 1 as `wanted` names, such as "(T, H, W)"."""
+    if (
+        not isinstance(values, (tuple, list))
+        or len(values) != wanted.count(",") + 1
+        or not all(is_integer(n, 1) for n in values)
+    ):
+        raise InputError(f"{name} must be {wanted}, integers of at least 1, got {values!r}")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

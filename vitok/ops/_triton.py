@@ -19,6 +19,8 @@ def _missing() -> str:
     return "" if found else "triton is not installed; `pip install vitok[triton]` brings it"
 
 
+# On the CPU Triton is its interpreter, which is for tests and never what "auto" wants.
+DEVICES = ("cuda",)
 MISSING = _missing()  # why Triton cannot be used at all, or ""
 
 

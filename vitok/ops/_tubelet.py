@@ -10,6 +10,7 @@ from torch import Tensor
 from vitok import _native
 from vitok.errors import InputError
 from vitok.ops._library import define
+from vitok.ops._tensors import check_integers
 
 UINT8_SCALE, UINT8_SHIFT = 2.0 / 255.0, -1.0
 
@@ -20,8 +21,9 @@ def grid(size: tuple[int, int, int], q: int, p: int) -> tuple[int, int, int]:
 
 
 def check_tubelet(tubelet: tuple[int, int]) -> None:
-    if min(tubelet) < 1:
-        raise InputError(f"tubelet must be (frames, pixels), both at least 1, got {tubelet}")
+    check_integers("tubelet", tubelet, "(frames, pixels)")
+    if max(tubelet) >= 2**16 or tubelet[0] * tubelet[1] ** 2 >= 2**28:
+        raise InputError(f"tubelet must hold fewer than 2^28 pixels, got {tubelet}")
 
 
 def _gather_empty(impl: str, pixels: Tensor, q: int, p: int, pad_zero: bool, dtype: torch.dtype) -> Tensor:

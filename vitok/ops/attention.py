@@ -20,9 +20,9 @@ from torch import Tensor
 
 from vitok.errors import InputError
 from vitok.ops import _attention_adapters, _attention_native, _triton
-from vitok.ops._library import define, kernels
+from vitok.ops._library import define, differentiable_once, kernels
 from vitok.ops._registry import Implementation, Op
-from vitok.ops._tensors import compute_dtype, neighbouring
+from vitok.ops._tensors import check_eps, check_float, compute_dtype, neighbouring
 from vitok.ops.qk_norm_rope import qk_norm_rope
 
 FAR = 2**30  # a window or block this large is the whole sequence; sums of two of them stay within int32
@@ -63,6 +63,7 @@ def attention(
     torch.Size([1, 5, 2, 8])
     """
     _check(qkv, q_weight, k_weight, table, window, causal_block, cu_seqlens)
+    check_eps(eps)
     return _OP(
         impl, qkv, q_weight, k_weight, table, cu_seqlens, float(eps),
         -1 if window is None else min(window, FAR), 0 if causal_block is None else min(causal_block, FAR),
@@ -80,8 +81,7 @@ def _check(
 ) -> None:
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise InputError(f"qkv must be [B, L, 3, heads, head_dim], got {list(qkv.shape)}")
-    if not qkv.is_floating_point():
-        raise InputError(f"qkv must be floating point, got {qkv.dtype}")
+    check_float("qkv", qkv)
     batch, length, _, heads, head_dim = qkv.shape
     if heads == 0 or head_dim == 0:
         raise InputError(f"qkv must have at least one head and channel, got {list(qkv.shape)}")
@@ -90,16 +90,17 @@ def _check(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is None:
             continue
-        if weight.shape != (head_dim,) or not weight.is_floating_point():
-            raise InputError(
-                f"{name} must be floating point [{head_dim}] for this qkv, got {weight.dtype} {list(weight.shape)}"
-            )
+        check_float(name, weight)
+        if weight.shape != (head_dim,):
+            raise InputError(f"{name} must be [{head_dim}] for this qkv, got {list(weight.shape)}")
+    if q_weight is not None and k_weight is not None and q_weight.dtype != k_weight.dtype:
+        raise InputError(f"k_weight must have the dtype of q_weight, {q_weight.dtype}, got {k_weight.dtype}")
     if table is not None:
         if head_dim % 2:
             raise InputError(f"qkv must have an even head_dim to be rotated by a table, got {head_dim}")
-        if table.shape != (2, length, head_dim // 2) or not table.is_floating_point():
+        if table.shape != (2, length, head_dim // 2) or table.dtype not in (torch.float32, torch.float64):
             raise InputError(
-                f"table must be floating point [2, {length}, {head_dim // 2}] for this qkv, got {table.dtype} "
+                f"table must be float32 or float64 [2, {length}, {head_dim // 2}] for this qkv, got {table.dtype} "
                 f"{list(table.shape)}"
             )
     for name, number, least in (("window", window, 0), ("causal_block", causal_block, 1)):
@@ -159,7 +160,8 @@ def reference(
         first, last = key_bounds(qkv.shape[1], window, causal_block, cu_seqlens, qkv.device)
         keys = torch.arange(qkv.shape[1], device=qkv.device)
         scores = scores.masked_fill((keys < first[:, None]) | (keys >= last[:, None]), -torch.inf)
-    return (scores.softmax(-1, dtype=compute_dtype(qkv)).to(v.dtype) @ v).transpose(1, 2)
+    weights = scores.softmax(-1, dtype=compute_dtype(qkv)).to(v.dtype)
+    return (weights @ v).transpose(1, 2).to(qkv.dtype)  # autocast multiplies in its own dtype
 
 
 def _forward(impl: str, qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -212,10 +214,11 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        dqkv, dq_weight, dk_weight = _BACKWARD(ctx.impl, grad, *ctx.saved_tensors, *ctx.numbers)
-        weights = (dq_weight, dk_weight) if ctx.saved_tensors[3] is not None else (None, None)
+        saved = ctx.saved_tensors  # unpacked once: activation checkpointing allows no more
+        dqkv, dq_weight, dk_weight = _BACKWARD(ctx.impl, grad, *saved, *ctx.numbers)
+        weights = (dq_weight, dk_weight) if saved[3] is not None else (None, None)
         return None, dqkv, *weights, None, None, None, None, None
 
 

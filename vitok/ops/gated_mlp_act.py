@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _triton
-from vitok.ops._library import define, kernels
+from vitok.ops._library import define, differentiable_once, kernels
 from vitok.ops._registry import Implementation, Op
-from vitok.ops._tensors import as_rows
+from vitok.ops._tensors import as_rows, check_float
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
@@ -36,12 +36,11 @@ def gated_mlp_act(gate_up: Tensor, *, gate: str = "silu", impl: str = "auto") ->
     >>> gated_mlp_act(torch.tensor([[0.0, 2.0, 3.0, 4.0]])).round(decimals=3)
     tensor([[0.0000, 7.0460]])
     """
-    if gate not in _ACTIVATIONS:
+    if gate not in tuple(_ACTIVATIONS):
         raise InputError(f"gate must be one of {', '.join(_ACTIVATIONS)}, got {gate!r}")
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise InputError(f"gate_up must have an even last dimension, got {list(gate_up.shape)}")
-    if not gate_up.is_floating_point():
-        raise InputError(f"gate_up must be floating point, got {gate_up.dtype}")
+    check_float("gate_up", gate_up)
     return _OP(impl, gate_up, gate)
 
 
@@ -112,7 +111,7 @@ class _GatedMlpAct(torch.autograd.Function):
         return _FORWARD(impl, gate_up, gate)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (gate_up,) = ctx.saved_tensors
         return None, _BACKWARD(ctx.impl, grad, gate_up, ctx.gate), None

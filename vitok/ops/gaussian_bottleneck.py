@@ -13,9 +13,9 @@ from torch import Tensor
 from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _triton, noise
-from vitok.ops._library import define, kernels
+from vitok.ops._library import define, differentiable_once, kernels
 from vitok.ops._registry import Implementation, Op
-from vitok.ops._tensors import address, compute_dtype
+from vitok.ops._tensors import address, check_float, compute_dtype
 from vitok.ops.linear import linear
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -58,11 +58,12 @@ def gaussian_bottleneck(
         raise InputError(
             f"tokens must be [B, L, width] and weight [2c, width], got {list(tokens.shape)} and {list(weight.shape)}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(f"bias must be [{weight.shape[0]}] like weight's rows, got {list(bias.shape)}")
-    for name, x in (("weight", weight), ("bias", bias)):
-        if x is not None and x.device != tokens.device:
-            raise InputError(f"{name} must be on {tokens.device} like tokens, got {x.device}")
+    check_float("tokens", tokens)
+    if tokens.shape[1] < 1:
+        raise InputError(f"tokens must be [B, L >= 1, width], got {list(tokens.shape)}")
+    if weight.shape[0] < 2 or weight.shape[0] % 2:
+        raise InputError(f"weight must be [2c, width], c >= 1, got {list(weight.shape)}")
+    noise.check_keys(seed, sample_ids, tokens.shape[0], tokens.device)
     moments = linear(tokens, weight, bias)
     z, kl = gaussian_sample(moments, seed=seed, sample_ids=sample_ids, sample=sample, impl=impl)
     mean, logvar = moments.chunk(2, -1)
@@ -90,8 +91,7 @@ def gaussian_sample(
     """
     if moments.dim() != 3 or moments.shape[1] < 1 or moments.shape[2] < 2 or moments.shape[2] % 2:
         raise InputError(f"moments must be [B, L >= 1, 2c], c >= 1, got {list(moments.shape)}")
-    if not moments.is_floating_point():
-        raise InputError(f"moments must be floating point, got {moments.dtype}")
+    check_float("moments", moments)
     number, seed_at = noise.check_keys(seed, sample_ids, moments.shape[0], moments.device)
     z, kl = _OP(impl, moments, number, seed_at, sample_ids, sample)
     return (z if sample else moments[..., : moments.shape[2] // 2]), kl
@@ -197,7 +197,7 @@ class _Sample(torch.autograd.Function):
         return _FORWARD(impl, moments, seed, seed_at, sample_ids, sample)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, dz, dkl):  # type: ignore[no-untyped-def]
         moments, seed_at, sample_ids = ctx.saved_tensors
         dz = dz if ctx.sample else None

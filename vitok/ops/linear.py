@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from vitok import _native
 from vitok.errors import InputError
 from vitok.ops._registry import Implementation, Op
+from vitok.ops._tensors import check_float
 
 _LIBRARY = _native.library()
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -37,8 +38,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
     >>> linear(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)).tolist()[0]
     [4.0, 4.0, 4.0, 4.0]
     """
-    if x.dim() == 0 or not x.is_floating_point():
-        raise InputError(f"x must be floating point [..., n], got {x.dtype} {list(x.shape)}")
+    check_float("x", x)
+    if x.dim() == 0:
+        raise InputError(f"x must be [..., n], got {list(x.shape)}")
     check_linear(x, weight, bias, f"[m, {x.shape[-1]}] for this x", (None, x.shape[-1]))
     dtype = autocast(x)
     return _OP(impl, x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -50,12 +52,13 @@ def check_linear(
     """Refuse a weight not of `shape` (None: any), a bias that does not go with it, and tensors of two devices."""
     if weight.dim() != 2 or any(n is not None and n != got for n, got in zip(shape, weight.shape, strict=True)):
         raise InputError(f"weight must be {wanted}, got {list(weight.shape)}")
-    if not weight.is_floating_point():
-        raise InputError(f"weight must be floating point, got {weight.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
+        if tensor is None:
+            continue
+        check_float(name, tensor)
+        if tensor.device != x.device:
             raise InputError(f"{name} must be on {x.device} as the input is, got one on {tensor.device}")
 
 
@@ -125,6 +128,6 @@ def _widened_refuses(x: Tensor, *_: object) -> str:
 
 _OP = Op(
     "linear",
-    Implementation("widened", _run_widened, refuses=_widened_refuses),
+    Implementation("widened", _run_widened, refuses=_widened_refuses, devices=("cpu",)),
     Implementation("reference", F.linear),
 )

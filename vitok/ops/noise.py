@@ -22,7 +22,7 @@ from vitok.errors import InputError
 from vitok.ops import _triton
 from vitok.ops._library import define, kernels
 from vitok.ops._registry import Implementation, Op
-from vitok.ops._tensors import address
+from vitok.ops._tensors import address, is_integer
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -58,8 +58,8 @@ def normal_noise(seed: int | Tensor, sample_ids: Tensor, elements: int, *, impl:
     True
     """
     number, seed_at = check_keys(seed, sample_ids, sample_ids.shape[0] if sample_ids.dim() else 0, sample_ids.device)
-    if elements < 0:
-        raise InputError(f"elements must be at least 0, got {elements}")
+    if not is_integer(elements, 0) or sample_ids.shape[0] * elements >= 2**60:
+        raise InputError(f"elements must be an integer of at least 0, fewer than 2^60 in all, got {elements!r}")
     result: Tensor = _OP(impl, sample_ids, number, seed_at, elements)
     return result
 
@@ -80,8 +80,8 @@ def check_keys(
                 f"a seed tensor must be one int64 on {device}, got {seed.dtype} {list(seed.shape)} on {seed.device}"
             )
         return 0, seed
-    if not 0 <= seed < 2**64:
-        raise InputError(f"seed must be at least 0 and less than 2^64, got {seed}")
+    if not is_integer(seed, 0) or seed >= 2**64:
+        raise InputError(f"seed must be an integer of at least 0 and less than 2^64, got {seed!r}")
     return (seed if seed < 2**63 else seed - 2**64), None
 
 

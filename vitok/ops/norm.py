@@ -16,11 +16,10 @@ from torch.nn import functional as F
 from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _triton
-from vitok.ops._library import define, kernels
+from vitok.ops._library import define, differentiable_once, kernels
 from vitok.ops._registry import Implementation, Op
-from vitok.ops._tensors import address, as_rows, compute_dtype
+from vitok.ops._tensors import address, as_rows, check_eps, check_float, compute_dtype
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_GPU_WIDTH = 4096  # a row stays in the registers of one thread block
 
 
@@ -83,8 +82,7 @@ def add_norm(
     _check(x, kind, eps, weight=weight, bias=bias, scale=scale)
     if residual.shape != x.shape:
         raise InputError(f"residual must have the shape of x, {list(x.shape)}, got {list(residual.shape)}")
-    if residual.dtype not in DTYPES:
-        raise InputError(f"residual must be floating point, got {residual.dtype}")
+    check_float("residual", residual)
     if residual.device != x.device:
         raise InputError(f"residual must be on the device of x, {x.device}, got {residual.device}")
     if residual.dtype != x.dtype:
@@ -96,19 +94,16 @@ def add_norm(
 def _check(x: Tensor, kind: str, eps: float, **parameters: Tensor | None) -> None:
     if kind not in ("layer", "rms"):
         raise InputError(f"kind must be 'layer' or 'rms', got {kind!r}")
-    if not eps >= 0:
-        raise InputError(f"eps must be at least 0, got {eps}")
+    check_eps(eps)
     if x.dim() < 1 or x.shape[-1] < 1:
         raise InputError(f"x must be [..., width] with width at least 1, got {list(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise InputError(f"x must be floating point, got {x.dtype}")
+    check_float("x", x)
     for name, parameter in parameters.items():
         if parameter is None:
             continue
         if parameter.dim() != 1 or parameter.shape[0] != x.shape[-1]:
             raise InputError(f"{name} must be [width] = [{x.shape[-1]}], got {list(parameter.shape)}")
-        if parameter.dtype not in DTYPES:
-            raise InputError(f"{name} must be floating point, got {parameter.dtype}")
+        check_float(name, parameter)
         if parameter.device != x.device:
             raise InputError(f"{name} must be on the device of x, {x.device}, got {parameter.device}")
 
@@ -316,7 +311,7 @@ class _Norm(torch.autograd.Function):
         return (y, s) if sums else y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad_y, grad_s=None):  # type: ignore[no-untyped-def]
         s, x, scale, weight, stats = ctx.saved_tensors
         if grad_y is None:

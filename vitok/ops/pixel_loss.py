@@ -6,17 +6,16 @@ of a uint8 target. Both are read once forward and once backward.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _triton
-from vitok.ops._library import define, kernels
+from vitok.ops._library import define, differentiable_once, kernels
 from vitok.ops._registry import Implementation, Op
-from vitok.ops._tensors import compute_dtype, neighbouring
+from vitok.ops._tensors import check_eps, check_float, compute_dtype, neighbouring
+from vitok.ops._tubelet import check_tubelet
 from vitok.ops.tubelet_embed import SOURCE_DTYPES, UINT8_SCALE, UINT8_SHIFT
 
 KINDS = ("l1", "l2", "charbonnier")
@@ -52,17 +51,15 @@ def pixel_loss(
     >>> pixel_loss(torch.zeros(2, 4, 768), torch.full((2, 1, 32, 30, 3), 255, dtype=torch.uint8), tubelet=(1, 16))
     tensor([1., 1.])
     """
+    check_tubelet(tubelet)
     q, p = tubelet
-    if min(tubelet) < 1:
-        raise InputError(f"tubelet must be (frames, pixels), both at least 1, got {tubelet}")
     if target.dim() != 5 or target.shape[-1] != 3:
         raise InputError(f"target must be [B, T, H, W, 3], got {list(target.shape)}")
     if 0 in target.shape[1:]:
         raise InputError(f"target must have at least one frame, row and column, got {list(target.shape)}")
     if target.dtype not in SOURCE_DTYPES:
         raise InputError(f"target must be uint8 or floating point, got {target.dtype}")
-    if not prediction.is_floating_point():
-        raise InputError(f"prediction must be floating point, got {prediction.dtype}")
+    check_float("prediction", prediction)
     batch, frames, height, width, _ = target.shape
     wanted = (batch, -(-frames // q) * -(-height // p) * -(-width // p), q * p * p * 3)
     if tuple(prediction.shape) != wanted:
@@ -76,8 +73,9 @@ def pixel_loss(
         raise InputError("target must not require a gradient, for it gets none; detach it")
     if kind not in KINDS:
         raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if not 0 < eps < math.inf:
-        raise InputError(f"eps must be positive and finite, got {eps}")
+    check_eps(eps)
+    if eps == 0:
+        raise InputError("eps must be positive, got 0")
     return _OP(impl, prediction, target, q, p, kind, float(eps))
 
 
@@ -167,7 +165,7 @@ class _PixelLoss(torch.autograd.Function):
         return _FORWARD(impl, prediction, target, *options)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         prediction, target = ctx.saved_tensors
         gradient = _BACKWARD(ctx.impl, grad, prediction, target, *ctx.options)

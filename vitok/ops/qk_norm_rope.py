@@ -14,11 +14,10 @@ from torch import Tensor
 from vitok import _native
 from vitok.errors import InputError
 from vitok.ops import _triton
-from vitok.ops._library import define, kernels
+from vitok.ops._library import define, differentiable_once, kernels
 from vitok.ops._registry import Implementation, Op
-from vitok.ops._tensors import address, compute_dtype, neighbouring
+from vitok.ops._tensors import address, check_eps, check_float, compute_dtype, neighbouring
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Tokens whose shares of the weights' gradients become one float32 partial sum on the CPU; those are summed in float64.
 BLOCK_TOKENS = 16
 # Blocks that share the rows of q, as many for k and v, on CUDA: a few for each multiprocessor of any GPU.
@@ -63,8 +62,8 @@ def qk_norm_rope(
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise InputError(f"qkv must be [B, L, 3, heads, head_dim], got {list(qkv.shape)}")
-    if qkv.dtype not in DTYPES:
-        raise InputError(f"qkv must be float32, bfloat16, float16 or float64, got {qkv.dtype}")
+    check_float("qkv", qkv)
+    check_eps(eps)
     length, head_dim = qkv.shape[1], qkv.shape[4]
     if head_dim < 1:
         raise InputError(f"qkv must have a head_dim of at least 1, got {list(qkv.shape)}")
@@ -75,8 +74,7 @@ def qk_norm_rope(
         for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
             if weight.shape != (head_dim,):
                 raise InputError(f"{name} must be [{head_dim}] for this qkv, got {list(weight.shape)}")
-            if weight.dtype not in DTYPES:
-                raise InputError(f"{name} must be float32, bfloat16, float16 or float64, got {weight.dtype}")
+            check_float(name, weight)
             if weight.device != qkv.device:
                 raise InputError(f"{name} must be on the device of qkv, {qkv.device}, got {weight.device}")
         if q_weight.dtype != k_weight.dtype:
@@ -215,7 +213,7 @@ class _QkNormRope(torch.autograd.Function):
         return _FORWARD(impl, qkv, q_weight, k_weight, table, eps)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         qkv, q_weight, k_weight, table = ctx.saved_tensors
         dqkv, dq_weight, dk_weight = _BACKWARD(ctx.impl, grad, qkv, q_weight, k_weight, table, ctx.eps)

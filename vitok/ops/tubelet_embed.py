@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from vitok.errors import InputError
 from vitok.ops import _triton
-from vitok.ops._library import define, kernels
+from vitok.ops._library import define, differentiable_once, kernels
 from vitok.ops._registry import Implementation, Op
+from vitok.ops._tensors import FLOATS
 from vitok.ops._tubelet import (
     GATHER,
     UINT8_SCALE,
@@ -27,7 +28,7 @@ from vitok.ops._tubelet import (
 )
 from vitok.ops.linear import autocast, check_linear, product, product_dtype, wide_linear
 
-SOURCE_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SOURCE_DTYPES = (torch.uint8, *FLOATS)
 
 
 def tubelet_embed(
@@ -58,8 +59,8 @@ def tubelet_embed(
     >>> tubelet_embed(torch.zeros(1, 1, 32, 32, 3, dtype=torch.uint8), torch.ones(8, 768), tubelet=(1, 16)).shape
     torch.Size([1, 4, 8])
     """
-    q, p = tubelet
     _check(pixels, tubelet, pad)
+    q, p = tubelet
     check_linear(pixels, weight, bias, f"[width, {q * p * p * 3}] for tubelet {tubelet}", (None, q * p * p * 3))
     weight = weight.to(autocast(weight))
     bias = None if bias is None else bias.to(weight.dtype)
@@ -76,6 +77,8 @@ def tubelet_gather(
 ) -> Tensor:
     """The first half of `tubelet_embed`: normalised tubelets as rows, [B, L, q * p * p * 3] in `dtype`."""
     _check(pixels, tubelet, pad)
+    if dtype not in FLOATS:
+        raise InputError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
     return _GATHER_OP(impl, pixels, *tubelet, pad == "zero", dtype)
 
 
@@ -123,7 +126,7 @@ class _Gather(torch.autograd.Function):
         return GATHER(impl, pixels, q, p, pad_zero, dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         impl, q, p, pad_zero = ctx.arguments
         return None, gather_backward(impl, gradient, ctx.saved_tensors[0], q, p, pad_zero), None, None, None, None
@@ -167,7 +170,7 @@ class _Embed(torch.autograd.Function):
         return _FORWARD(impl, pixels, weight, bias, q, p, pad_zero)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         pixels, weight = ctx.saved_tensors
         impl, q, p, pad_zero = ctx.arguments

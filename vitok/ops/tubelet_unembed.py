@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from vitok.errors import InputError
 from vitok.ops import _triton
-from vitok.ops._library import define, kernels
+from vitok.ops._library import define, differentiable_once, kernels
 from vitok.ops._registry import Implementation, Op
+from vitok.ops._tensors import check_float, check_integers
 from vitok.ops._tubelet import (
     SCATTER,
     check_tubelet,
@@ -60,8 +61,8 @@ def tubelet_unembed(
     >>> tubelet_unembed(torch.zeros(1, 4, 8), torch.ones(768, 8), tubelet=(1, 16), size=(1, 30, 32)).shape
     torch.Size([1, 3, 1, 30, 32])
     """
-    q, p = tubelet
     _check("tokens", "width", tokens, tubelet, size, out_dtype, layout)
+    q, p = tubelet
     if bias is not None and bias.shape == (3,):
         bias = bias.repeat(q * p * p)
     wanted = f"[{q * p * p * 3}, {tokens.shape[2]}] for tubelet {tubelet}"
@@ -89,8 +90,8 @@ def tubelet_scatter(
     >>> tubelet_scatter(torch.zeros(1, 4, 768), tubelet=(1, 16), size=(1, 30, 32), layout="channels_last").shape
     torch.Size([1, 1, 30, 32, 3])
     """
+    _check("rows", "q * p * p * 3", rows, tubelet, size, out_dtype, layout)
     q, p = tubelet
-    _check("rows", str(q * p * p * 3), rows, tubelet, size, out_dtype, layout)
     if rows.shape[2] != q * p * p * 3:
         raise InputError(f"rows must be [B, L, {q * p * p * 3}] for tubelet {tubelet}, got {list(rows.shape)}")
     return _SCATTER_OP(impl, rows, q, p, tuple(size), out_dtype or rows.dtype, layout == "channels_last")
@@ -106,13 +107,11 @@ def _check(
     layout: str,
 ) -> None:
     check_tubelet(tubelet)
-    if len(size) != 3 or min(size) < 1:
-        raise InputError(f"size must be (T, H, W), each at least 1, got {tuple(size)}")
+    check_integers("size", size, "(T, H, W)")
     count = math.prod(grid(size, *tubelet))
     if x.dim() != 3 or x.shape[1] != count:
         raise InputError(f"{name} must be [B, {count}, {width}] for size {size}, got {list(x.shape)}")
-    if not x.is_floating_point():
-        raise InputError(f"{name} must be floating point, got {x.dtype}")
+    check_float(name, x)
     if out_dtype not in (None, torch.uint8):
         raise InputError(f"out_dtype must be None or torch.uint8, got {out_dtype}")
     if layout not in LAYOUTS:
@@ -152,7 +151,7 @@ class _Scatter(torch.autograd.Function):
         return SCATTER(impl, rows, q, p, size, False, dtype, channels_last)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         impl, q, p, dtype, channels_last = ctx.arguments
         return None, scatter_backward(impl, gradient, q, p, dtype, channels_last), None, None, None, None, None
@@ -161,10 +160,12 @@ class _Scatter(torch.autograd.Function):
 def _run_scatter(
     impl: str, rows: Tensor, q: int, p: int, size: Size, dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
-    if dtype != torch.uint8 and rows.requires_grad and torch.is_grad_enabled():
+    if dtype == torch.uint8:
+        rows = rows.detach()
+    if rows.requires_grad and torch.is_grad_enabled():
         pixels: Tensor = _Scatter.apply(impl, rows, q, p, size, dtype, channels_last)
         return pixels
-    scattered: Tensor = SCATTER(impl, rows.detach(), q, p, size, False, dtype, channels_last)
+    scattered: Tensor = SCATTER(impl, rows, q, p, size, False, dtype, channels_last)
     return scattered
 
 
@@ -206,7 +207,7 @@ class _Unembed(torch.autograd.Function):
         return _FORWARD(impl, tokens, weight, bias, q, p, size, dtype, channels_last)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         tokens, weight = ctx.saved_tensors
         rows = scatter_backward(ctx.impl, gradient, *ctx.arguments)
