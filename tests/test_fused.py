@@ -103,8 +103,10 @@ def test_training_keeps_less(tiny, pixels, prefer, preset):
     assert kept["native"] < 0.8 * kept["reference"]
 
 
-def test_compiles_whole_without_recompiling(tiny, pixels):
-    """encode, decode and a training step with its backward pass, each one graph for any batch size."""
+@pytest.mark.parametrize("every_size", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_compiles_whole_without_recompiling(tiny, pixels, every_size):
+    """encode, decode and a training step with its backward pass, each one graph for any batch size; other sizes are
+    constants or symbols too, which takes the compiler several times as long."""
     torch.compiler.reset()
     model = tiny(encoder_depth=1).train()  # the decoder has a block after another
 
@@ -123,8 +125,10 @@ def test_compiles_whole_without_recompiling(tiny, pixels):
         (training, lambda n: pixels(n, 3, 24, 20)),
     ):
         counter = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
-        compiled(make(2))
+        compiled = torch.compile(call, fullgraph=True, dynamic=every_size or None, backend=counter)
+        first = make(2)
+        torch._dynamo.mark_dynamic(first, 0)
+        compiled(first)
         graphs = counter.frame_count
         for batch in (2, 3, 5):
             x = make(batch)
