@@ -397,6 +397,13 @@ def test_bad_arguments_of_embed(change, message, one_sentence):
     one_sentence(error.value, message)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_rows_of_no_float_are_refused(dtype, one_sentence):
+    with pytest.raises(InputError) as error:
+        tubelet_gather(random_pixels(), tubelet=(1, 4), dtype=dtype)
+    one_sentence(error.value, "dtype must be float32, bfloat16, float16 or float64", str(dtype))
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "options", "message"),
     [

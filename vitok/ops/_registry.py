@@ -139,12 +139,12 @@ class Preference:
 
 
 def preferences() -> list[Preference]:
-    """What "auto" follows on this machine's CPU and on GPUs, for the dtypes that matter."""
+    """What "auto" follows on this machine's CPU and GPUs, for the dtypes that matter."""
     lines = []
     for op in OPS.values():
         pixels = any(key.endswith(" uint8") for key in op.measured)
         for dtype in (torch.uint8,) if pixels else (torch.bfloat16, torch.float32):
-            for device in ("cpu", "cuda"):
+            for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
                 order = tuple(i.name for i in op.orders[device == "cuda", dtype] if not i.missing)
                 measured = op.measured.get(_key(device, dtype))
                 why = measured["why"] if measured else "not measured here: the op's own order"

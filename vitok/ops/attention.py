@@ -44,15 +44,16 @@ def attention(
     """Normalise and rotate q and k as `qk_norm_rope` does, then attend from every token to the keys its masks leave.
 
     Args:
-        qkv: [B, L, 3, heads, head_dim], floating point, read by stride (copied if the last stride is not 1).
+        qkv: [B, L, 3, heads, head_dim], floating point, read by stride (copied if the last stride is not 1). head_dim
+            is even when there is a table.
         q_weight, k_weight: [head_dim] weights of the RMS norm of each head of q and k, or both None for no norm.
         table: [2, L, head_dim / 2] float32 cosines and sines (`vitok.positions.rope_table`), or None for no rotation.
         eps: of the norm.
         window: r >= 0: only keys at most r tokens away, in the order of the sequence. None for all.
         causal_block: c >= 1: only keys of the query's own block of c tokens and of those before it. None for all.
         cu_seqlens: [S + 1] int32 or int64 on qkv's device, 0 = cu[0] <= ... <= cu[S] = L: tokens attend within their
-            segment; B must be 1. The values are checked on the CPU; on a GPU wrong ones give wrong numbers, but never
-            an access outside a tensor.
+            segment; B must be 1. The values are checked on the CPU outside torch.compile; else wrong ones give wrong
+            numbers from our kernels, but never an access outside a tensor.
         impl: "auto", "native", "triton", "sdpa" (torch chooses), "sdpa:flash", "sdpa:efficient", "sdpa:cudnn",
             "sdpa:math", "flash_attn", "xformers" or "reference" (builds the L x L matrix).
 

@@ -30,8 +30,9 @@ def gated_mlp_act(gate_up: Tensor, *, gate: str = "silu", impl: str = "auto") ->
         gate: "silu", x / (1 + e^-x), or "gelu", x / 2 * (1 + erf(x / sqrt 2)).
         impl: "auto", "native", "triton" or "reference".
 
-    Returns: [..., hidden] in the dtype of gate_up, contiguous. Computed in float32 (float64 for float64) and rounded
-    once. Differentiable; the backward pass saves gate_up alone. Raises InputError for a wrong shape, dtype or gate.
+    Returns: [..., hidden] in the dtype of gate_up, contiguous. The kernels compute in float32 (float64 for float64) and
+    round once. Differentiable; their backward pass saves gate_up alone. Raises InputError for a wrong shape, dtype or
+    gate.
 
     >>> gated_mlp_act(torch.tensor([[0.0, 2.0, 3.0, 4.0]])).round(decimals=3)
     tensor([[0.0000, 7.0460]])

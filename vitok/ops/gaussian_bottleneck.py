@@ -46,9 +46,10 @@ def gaussian_bottleneck(
         sample: False for z = mean.
         impl: "auto", "native", "triton" or "reference".
 
-    Returns: (z, mean, logvar, kl): three of [B, L, c] in the tokens' dtype; kl [B] in float32 (float64 with float64).
+    Returns: (z, mean, logvar, kl): three of [B, L, c] in the tokens' dtype, or autocast's where it is on; kl [B] in
+    float32 (float64 with float64).
     `gaussian_sample` on moments of your own returns z and kl alone and makes no clamped copy of the log-variance.
-    Differentiable in tokens, weight and bias. Raises InputError for shapes that do not fit.
+    Differentiable in tokens, weight and bias. Raises InputError for shapes, devices, seeds and ids that do not fit.
 
     >>> z, mean, logvar, kl = gaussian_bottleneck(torch.randn(2, 9, 32), torch.randn(8, 32), seed=0)
     >>> z.shape, kl.shape
@@ -86,8 +87,10 @@ def gaussian_sample(
         sample_ids: int64 [B] on the moments' device, by default 0 .. B-1. Element l * c + k of a sample's noise goes to
             token l, channel k, so a sample gets the same noise in any batch and from any implementation.
         sample: False for z = mean, a view.
+        impl: "auto", "native", "triton" or "reference".
 
-    Returns: (z [B, L, c], contiguous; kl [B]). Differentiable in the moments.
+    Returns: (z, kl): [B, L, c] in the moments' dtype, contiguous if sampled; [B] in float32 (float64 with float64).
+    Differentiable in the moments. Raises InputError for wrong shapes, dtypes, seeds and ids.
     """
     if moments.dim() != 3 or moments.shape[1] < 1 or moments.shape[2] < 2 or moments.shape[2] % 2:
         raise InputError(f"moments must be [B, L >= 1, 2c], c >= 1, got {list(moments.shape)}")

@@ -72,8 +72,9 @@ def add_norm(
         weight, bias, kind, eps, impl: as in `norm`.
         scale: [width] (LayerScale, Touvron et al., arXiv:2103.17239) or None for 1.
 
-    Returns: (y, s), contiguous, both of the shape of x. Differentiable in all tensors, once (the reference: more); the
-    gradients of y and s are summed in the one backward pass. Raises InputError for wrong shapes, dtypes and devices.
+    Returns: (y, s), contiguous, both of the shape of x, in the wider dtype of x and residual. Differentiable in all
+    tensors, once (the reference: more); the gradients of y and s are summed in the one backward pass. Raises
+    InputError for wrong shapes, dtypes and devices.
 
     >>> y, s = add_norm(torch.ones(2, 4), torch.ones(2, 4), None, kind="rms", eps=0.0)
     >>> y[0, 0].item(), s[0, 0].item()

@@ -75,10 +75,14 @@ def tubelet_gather(
     dtype: torch.dtype = torch.float32,
     impl: str = "auto",
 ) -> Tensor:
-    """The first half of `tubelet_embed`: normalised tubelets as rows, [B, L, q * p * p * 3] in `dtype`."""
+    """The first half of `tubelet_embed`: normalised tubelets as rows, [B, L, q * p * p * 3] in `dtype`.
+
+    dtype is float32, bfloat16, float16 or float64; the other arguments and errors are those of `tubelet_embed`.
+    Differentiable in float pixels.
+    """
     _check(pixels, tubelet, pad)
     if dtype not in FLOATS:
-        raise InputError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
+        raise InputError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
     return _GATHER_OP(impl, pixels, *tubelet, pad == "zero", dtype)
 
 

@@ -85,7 +85,8 @@ def tubelet_scatter(
 ) -> Tensor:
     """The second half of `tubelet_unembed`: rows [B, L, q * p * p * 3], any strides, written into clips and cropped.
 
-    `tubelet_gather` undoes it. Arguments, result and errors are those of `tubelet_unembed`.
+    `tubelet_gather` undoes it. Arguments, result and errors are those of `tubelet_unembed`, but the dtype is the rows'
+    own, under autocast too, unless out_dtype is torch.uint8.
 
     >>> tubelet_scatter(torch.zeros(1, 4, 768), tubelet=(1, 16), size=(1, 30, 32), layout="channels_last").shape
     torch.Size([1, 1, 30, 32, 3])
