@@ -373,11 +373,11 @@ def test_bad_shapes(shape, one_sentence):
 @pytest.mark.parametrize(
     ("qkv", "options", "message"),
     [
-        (ONES.long(), {}, "qkv must be floating point, got torch.int64"),
+        (ONES.long(), {}, "qkv must be float32, bfloat16, float16 or float64, got torch.int64"),
         (ONES[..., :0], {}, "at least one head and channel, got [1, 4, 3, 2, 0]"),
         (ONES, {"q_weight": torch.ones(8)}, "q_weight and k_weight must be given both or neither, got one"),
-        (ONES, {"q_weight": torch.ones(8), "k_weight": torch.ones(4)}, "k_weight must be floating point [8]"),
-        (ONES, {"table": torch.ones(2, 4, 8)}, "table must be floating point [2, 4, 4] for this qkv, got"),
+        (ONES, {"q_weight": torch.ones(8), "k_weight": torch.ones(4)}, "k_weight must be [8] for this qkv, got [4]"),
+        (ONES, {"table": torch.ones(2, 4, 8)}, "table must be float32 or float64 [2, 4, 4] for this qkv, got"),
         (ONES[..., :7], {"table": torch.ones(2, 4, 3)}, "even head_dim to be rotated by a table, got 7"),
         (ONES, {"window": -1}, "window must be an integer of at least 0 or None, got -1"),
         (ONES, {"window": 1.5}, "window must be an integer of at least 0 or None, got 1.5"),

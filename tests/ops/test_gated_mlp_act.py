@@ -259,7 +259,11 @@ def test_triton_by_name_never_falls_back(one_sentence):
         (torch.ones(2, 4), {"gate": "relu"}, "one of silu, gelu, got 'relu'"),
         (torch.ones(2, 5), {}, "even last dimension, got [2, 5]"),
         (torch.ones(()), {}, "even last dimension, got []"),
-        (torch.ones(2, 4, dtype=torch.int32), {}, "floating point, got torch.int32"),
+        (
+            torch.ones(2, 4, dtype=torch.int32),
+            {},
+            "gate_up must be float32, bfloat16, float16 or float64, got torch.int32",
+        ),
         (torch.ones(2, 4), {"impl": "cuda"}, "no implementation 'cuda'; it has native, triton, reference"),
     ],
 )

@@ -348,7 +348,7 @@ def test_bad_arguments(moments, keys, words, one_sentence):
         (torch.zeros(2, 4), torch.zeros(4, 4), None, "tokens"),
         (torch.zeros(2, 3, 4), torch.zeros(4, 5), None, "weight"),
         (torch.zeros(2, 3, 4), torch.zeros(4, 4), torch.zeros(3), "bias"),
-        (torch.zeros(2, 3, 4), torch.zeros(3, 4), None, "moments"),
+        (torch.zeros(2, 3, 4), torch.zeros(3, 4), None, "weight must be [2c, width]"),
         (torch.zeros(2, 3, 4), torch.zeros(4, 4, device="meta"), None, "weight"),
     ],
 )

@@ -384,7 +384,10 @@ def test_native_by_name_never_falls_back_and_auto_does(pixels, options, reason, 
     [
         ({"weight": torch.zeros(7, 47)}, "weight must be [width, 48] for tubelet (1, 4), got [7, 47]"),
         ({"weight": torch.zeros(48)}, "weight must be [width, 48] for tubelet (1, 4), got [48]"),
-        ({"weight": torch.zeros(7, 48, dtype=torch.int8)}, "weight must be floating point, got torch.int8"),
+        (
+            {"weight": torch.zeros(7, 48, dtype=torch.int8)},
+            "weight must be float32, bfloat16, float16 or float64, got torch.int8",
+        ),
         ({"weight": torch.zeros(7, 48, device="meta")}, "weight must be on cpu as the input is, got one on meta"),
         ({"bias": torch.zeros(6)}, "bias must be [7], got [6]"),
         ({"impl": "cuda"}, "tubelet_embed has no implementation 'cuda'; it has native, triton, reference"),
@@ -412,7 +415,12 @@ def test_rows_of_no_float_are_refused(dtype, one_sentence):
         ((1, 1, 8, 8, 3), torch.int32, {}, "pixels must be uint8 or floating point, got torch.int32"),
         ((1, 1, 0, 8, 3), torch.uint8, {}, "at least one frame, row and column, got [1, 1, 0, 8, 3]"),
         ((1, 1, 8, 8, 3), torch.uint8, {"pad": "wrap"}, "pad must be 'edge' or 'zero', got 'wrap'"),
-        ((1, 1, 8, 8, 3), torch.uint8, {"tubelet": (0, 4)}, "both at least 1, got (0, 4)"),
+        (
+            (1, 1, 8, 8, 3),
+            torch.uint8,
+            {"tubelet": (0, 4)},
+            "tubelet must be (frames, pixels), integers of at least 1, got (0, 4)",
+        ),
         ((1, 1, 8, 8, 3), torch.uint8, {"impl": "cuda"}, "no implementation 'cuda'; it has native, triton, reference"),
     ],
 )

@@ -371,12 +371,18 @@ def test_tokens_that_do_not_fit(shape, size, one_sentence):
     [
         ({"weight": torch.zeros(47, 8)}, "weight must be [48, 8] for tubelet (1, 4), got [47, 8]"),
         ({"weight": torch.zeros(48, 9)}, "weight must be [48, 8] for tubelet (1, 4), got [48, 9]"),
-        ({"weight": torch.zeros(48, 8, dtype=torch.int32)}, "weight must be floating point, got torch.int32"),
+        (
+            {"weight": torch.zeros(48, 8, dtype=torch.int32)},
+            "weight must be float32, bfloat16, float16 or float64, got torch.int32",
+        ),
         ({"weight": torch.zeros(48, 8, device="meta")}, "weight must be on cpu as the input is, got one on meta"),
         ({"bias": torch.zeros(4)}, "bias must be [48], got [4]"),
-        ({"tokens": torch.zeros(1, 4, 8, dtype=torch.int32)}, "tokens must be floating point, got torch.int32"),
-        ({"tubelet": (0, 4)}, "both at least 1, got (0, 4)"),
-        ({"size": (1, 0, 8)}, "size must be (T, H, W), each at least 1, got (1, 0, 8)"),
+        (
+            {"tokens": torch.zeros(1, 4, 8, dtype=torch.int32)},
+            "tokens must be float32, bfloat16, float16 or float64, got torch.int32",
+        ),
+        ({"tubelet": (0, 4)}, "tubelet must be (frames, pixels), integers of at least 1, got (0, 4)"),
+        ({"size": (1, 0, 8)}, "size must be (T, H, W), integers of at least 1, got (1, 0, 8)"),
         ({"out_dtype": torch.int8}, "out_dtype must be None or torch.uint8, got torch.int8"),
         ({"layout": "nchw"}, "layout must be 'channels_first' or 'channels_last', got 'nchw'"),
         ({"impl": "cuda"}, "no implementation 'cuda'; it has native, triton, reference"),

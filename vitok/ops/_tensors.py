@@ -13,9 +13,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_float(name: str, x: Tensor) -> None:
     """InputError for anything but the four dtypes that kernels compute on."""
     if x.dtype not in FLOATS:
-        raise InputError(
-            f"{name} must be floating point, float32, bfloat16, float16 or float64, got {str(x.dtype).split('.')[-1]}"
-        )
+        raise InputError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
 
 
 def check_eps(eps: float) -> None:
