@@ -34,8 +34,9 @@ class Tiles(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": registers}
 
 
-# float32 products run on the plain cores, to the last bit: small tiles keep their operands in registers.
-FLOAT32_TILES = {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1)}
+# float32 products run on the plain cores, to the last bit: small tiles keep their operands in registers, and may take
+# all there are. Left alone, the compiler aims at 64 or 80, for more blocks at a time, and spills.
+FLOAT32_TILES = {64: Tiles(32, 32, 8, 1, 255, 255), 128: Tiles(16, 16, 8, 1, 255, 255)}
 
 
 def capability(x: torch.Tensor) -> int:

@@ -26,6 +26,9 @@ FORWARD_TILE, FORWARD_WARP = 4096, 1024
 BACKWARD_TILE, BACKWARD_WARP = 1024, 256
 # No copies ahead through shared memory: other blocks hide the latency, and the copies' bookkeeping costs registers.
 BACKWARD_STAGES = 1
+# What 16 warps leave each thread. A plain layer norm of wide rows is told so: left alone, the compiler aims at half of
+# it for a second block (width 4096, sm_80) and spills. RMS norms fit into half, and with a scale it does not try.
+BACKWARD_REGISTERS = 128
 # Rows of narrow tensors that one tile takes at most.
 MAX_ROWS = 64
 # Columns and blocks that one step of the last sum takes: 8 values a thread.
@@ -135,6 +138,9 @@ def norm_backward_kernel(
     weight_sum = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
     bias_sum = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
     scale_sum = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
+    # Loaded once, unlike the scale, which would be one row too many to hold.
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
 
     for step in range(steps):
         row = (block * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -153,7 +159,7 @@ def norm_backward_kernel(
         if bias_partial_ptr is not None:
             bias_sum += g
         if weight_ptr is not None:
-            g = g * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            g = g * weight
 
         gradient = g - h * (tl.sum(g * h, axis=1) / width)[:, None]
         if CENTRED:
@@ -263,6 +269,8 @@ def norm_backward(
     partials [blocks, len(grads), width] is scratch memory; its first size is the number of blocks of rows.
     """
     options = tile(width, BACKWARD_TILE, BACKWARD_WARP)
+    if centred and scale is None and options["num_warps"] == 16:
+        options["maxnreg"] = BACKWARD_REGISTERS
     blocks, parameters, _ = partials.shape
     slots = iter(partials.unbind(1))
     weight_partial, bias_partial, scale_partial = (next(slots) if want else None for want in wanted)

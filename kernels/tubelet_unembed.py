@@ -25,6 +25,10 @@ import triton.language as tl
 from vitok.kernels.tubelet_embed import tiles
 from vitok.kernels.tubelet_scatter import to_byte
 
+# In the order of tubelet_embed's tiles, for 16-bit clips that cut columns: every element has a store of its own, with
+# an address and a mask, so a thread takes 16; with 32 sums it spills, with LARGE's 64 it does by the hundred.
+CROPPED = (64, 64, 64, 8, 4)
+
 
 @triton.jit
 def tubelet_unembed_forward_kernel(
@@ -137,7 +141,11 @@ def tubelet_unembed(
         return out
     rows_y, columns = triton.cdiv(height, p), triton.cdiv(width, p)
     elements = len(weight)
-    block_m, block_n, block_k, num_warps, num_stages = tiles(batch * tokens_of_clip, elements, tokens.dtype)
+    crop_columns = width % p != 0
+    choice = tiles(batch * tokens_of_clip, elements, tokens.dtype)
+    if crop_columns and tokens.dtype != torch.float32:
+        choice = CROPPED
+    block_m, block_n, block_k, num_warps, num_stages = choice
     tubelet_unembed_forward_kernel[(triton.cdiv(batch * tokens_of_clip, block_m) * triton.cdiv(elements, block_n),)](
         tokens,
         weight,
@@ -159,7 +167,7 @@ def tubelet_unembed(
         Q=q,
         P=p,
         CROP_ROWS=frames % q != 0 or height % p != 0,
-        CROP_COLUMNS=width % p != 0,
+        CROP_COLUMNS=crop_columns,
         CHANNELS_LAST=channels_last,
         PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         BLOCK_M=block_m,
