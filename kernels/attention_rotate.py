@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from vitok.kernels.attention_parts import unit
+from vitok.kernels.qk_norm_rope_parts import turn, turn_back
 
 # Pairs a program: 16 a thread of 4 warps, two 16-byte loads from each half of a 16-bit type. Not measured yet.
 PAIRS = 2048
@@ -87,7 +88,7 @@ def rotate_forward_kernel(
         angles = table_ptr + wide_tokens * HALF + channels[None, :]
         cosine = tl.load(angles, mask=mask, other=0.0)
         sine = tl.load(angles + length.to(tl.int64) * HALF, mask=mask, other=0.0)
-        first, second = first * cosine - second * sine, second * cosine + first * sine
+        first, second = turn(first, second, cosine, sine)
     rotated_ptr += ((which * batches + batch) * heads + head) * length * (2 * HALF)
     row = rotated_ptr + wide_tokens * (2 * HALF) + channels[None, :]
     tl.store(row, first.to(rotated_ptr.dtype.element_ty), mask=mask)
@@ -134,7 +135,7 @@ def rotate_backward_kernel(
         angles = table_ptr + wide_tokens * HALF + channels[None, :]
         cosine = tl.load(angles, mask=mask, other=0.0)
         sine = tl.load(angles + length.to(tl.int64) * HALF, mask=mask, other=0.0)
-        first, second = first * cosine + second * sine, second * cosine - first * sine
+        first, second = turn_back(first, second, cosine, sine)
     if q_weight_ptr is not None:
         qkv_ptr += (batch * qkv_stride_b + which.to(tl.int64) * qkv_stride_n + head * qkv_stride_h) * UNIT
         x_first, x_second = halves_of(qkv_ptr + wide_tokens * (qkv_stride_l * UNIT) + channels[None, :], HALF, mask)
