@@ -28,6 +28,7 @@ from vitok.kernels.attention_parts import (
     load_tile,
     mask_arguments,
     pieces,
+    program_block,
     store_tile,
     tiles,
     unit,
@@ -127,12 +128,7 @@ def attention_forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One block of queries of one head: blocks of keys that every query sees whole, then those cut by a mask."""
-    program = tl.program_id(0)
-    block = program % blocks
-    if MASKED:
-        block = blocks - 1 - block  # under a causal mask the last queries have the most keys: they start first
-    batch = (program // blocks // heads).to(tl.int64)
-    head = (program // blocks % heads).to(tl.int64)
+    batch, head, block = program_block(heads, blocks, MASKED)  # the last queries of a causal mask have the most keys
     q_ptr += (batch * q_stride_b + head * q_stride_h) * UNIT
     k_ptr += (batch * k_stride_b + head * k_stride_h) * UNIT
     v_ptr += (batch * v_stride_b + head * v_stride_h) * UNIT

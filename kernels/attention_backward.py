@@ -26,6 +26,7 @@ from vitok.kernels.attention_parts import (
     load_tile,
     mask_arguments,
     pieces,
+    program_block,
     query_bounds,
     store_tile,
     tiles,
@@ -179,12 +180,7 @@ def attention_backward_query_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """dQ' and delta of one block of queries of one head."""
-    program = tl.program_id(0)
-    block = program % blocks
-    if MASKED:
-        block = blocks - 1 - block  # the last queries of a causal mask have the most keys
-    batch = (program // blocks // heads).to(tl.int64)
-    head = (program // blocks % heads).to(tl.int64)
+    batch, head, block = program_block(heads, blocks, MASKED)  # the last queries of a causal mask have the most keys
     q_ptr += (batch * q_stride_b + head * q_stride_h) * UNIT
     k_ptr += (batch * k_stride_b + head * k_stride_h) * UNIT
     v_ptr += (batch * v_stride_b + head * v_stride_h) * UNIT
@@ -273,10 +269,7 @@ def attention_backward_key_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """dK' and dV of one block of keys of one head; needs the delta of every query."""
-    program = tl.program_id(0)
-    block = program % blocks  # the first keys of a causal mask have the most queries
-    batch = (program // blocks // heads).to(tl.int64)
-    head = (program // blocks % heads).to(tl.int64)
+    batch, head, block = program_block(heads, blocks, False)  # the first keys of a causal mask have the most queries
     q_ptr += (batch * q_stride_b + head * q_stride_h) * UNIT
     k_ptr += (batch * k_stride_b + head * k_stride_h) * UNIT
     v_ptr += (batch * v_stride_b + head * v_stride_h) * UNIT

@@ -83,6 +83,16 @@ def mask_arguments(cu_seqlens: torch.Tensor | None, window: int, causal_block: i
 
 
 @triton.jit
+def program_block(heads, blocks, LAST_FIRST: tl.constexpr):
+    """(batch, head, block) of a program, both first ones as int64; LAST_FIRST starts each head with its last block."""
+    program = tl.program_id(0)
+    block = program % blocks
+    if LAST_FIRST:
+        block = blocks - 1 - block
+    return (program // blocks // heads).to(tl.int64), (program // blocks % heads).to(tl.int64), block
+
+
+@triton.jit
 def segment_bounds(at, cu_seqlens_ptr, length, segments, STEPS: tl.constexpr):
     """[start, stop) of the segment of each token, by bisection; within [0, length) whatever cu_seqlens holds."""
     low = at * 0

@@ -17,6 +17,8 @@ The backward needs the patch rows for the weight's gradient and the scatter for 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +41,13 @@ def tiles(tokens: int, features: int, dtype: torch.dtype) -> tuple[int, int, int
         return EXACT
     large = triton.cdiv(tokens, LARGE[0]) * triton.cdiv(features, LARGE[1])
     return LARGE if large >= 128 else SMALL
+
+
+def options(choice: tuple[int, int, int, int, int]) -> dict[str, Any]:
+    """A tile choice as keywords of a launch. fp32 obeys torch.set_float32_matmul_precision."""
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return {**dict(zip(names, choice, strict=True)), "PRECISION": precision, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -152,8 +161,8 @@ def tubelet_embed(
     planes = _planes(pixels)
     if planes:
         weight = weight.unflatten(1, (q * p * p, 3)).transpose(1, 2).flatten(1)
-    block_m, block_n, block_k, num_warps, num_stages = tiles(tokens, features, weight.dtype)
-    tubelet_embed_forward_kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(features, block_n),)](
+    choice = tiles(tokens, features, weight.dtype)
+    tubelet_embed_forward_kernel[(triton.cdiv(tokens, choice[0]) * triton.cdiv(features, choice[1]),)](
         pixels,
         weight,
         bias if bias is None else bias.contiguous(),
@@ -174,12 +183,6 @@ def tubelet_embed(
         Q=q,
         P=p,
         PLANES=planes,
-        PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        enable_fp_fusion=False,
+        **options(choice),
     )
     return out

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vitok.kernels.tubelet_embed import tiles
+from vitok.kernels.tubelet_embed import options, tiles
 from vitok.kernels.tubelet_scatter import to_byte
 
 # In the order of tubelet_embed's tiles, for 16-bit clips that cut columns: every element has a store of its own, with
@@ -145,8 +145,8 @@ def tubelet_unembed(
     choice = tiles(batch * tokens_of_clip, elements, tokens.dtype)
     if crop_columns and tokens.dtype != torch.float32:
         choice = CROPPED
-    block_m, block_n, block_k, num_warps, num_stages = choice
-    tubelet_unembed_forward_kernel[(triton.cdiv(batch * tokens_of_clip, block_m) * triton.cdiv(elements, block_n),)](
+    blocks = triton.cdiv(batch * tokens_of_clip, choice[0]) * triton.cdiv(elements, choice[1])
+    tubelet_unembed_forward_kernel[(blocks,)](
         tokens,
         weight,
         bias if bias is None else bias.contiguous(),
@@ -169,12 +169,6 @@ def tubelet_unembed(
         CROP_ROWS=frames % q != 0 or height % p != 0,
         CROP_COLUMNS=crop_columns,
         CHANNELS_LAST=channels_last,
-        PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        enable_fp_fusion=False,
+        **options(choice),
     )
     return out
