@@ -12,6 +12,13 @@
 #define VITOK_INLINE static inline __attribute__((always_inline))
 #endif
 
+// A function of the C mathematics library, without a header, whose inline functions would be shared; CUDA declares them.
+#if defined(__CUDA_ARCH__)
+#define VITOK_MATH(name) name
+#else
+#define VITOK_MATH(name) __builtin_##name
+#endif
+
 namespace vitok {
 
 // Storage of the 16-bit floats; arithmetic is always done in fp32.
@@ -125,6 +132,11 @@ VITOK_INLINE Int clamp_edge(Int index, Int size) {
     return index < size ? index : size - 1;
 }
 
+VITOK_INLINE float square_root(float x) { return VITOK_MATH(sqrtf)(x); }
+VITOK_INLINE double square_root(double x) { return VITOK_MATH(sqrt)(x); }
+
+VITOK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+VITOK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 VITOK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace vitok

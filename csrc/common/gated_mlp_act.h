@@ -74,27 +74,9 @@ VITOK_INLINE float gate_exp(float x) {
     return __builtin_expf(x);
 #endif
 }
-VITOK_INLINE double gate_exp(double x) {
-#if defined(__CUDA_ARCH__)
-    return exp(x);
-#else
-    return __builtin_exp(x);
-#endif
-}
-VITOK_INLINE float gate_erf(float x) {
-#if defined(__CUDA_ARCH__)
-    return erff(x);
-#else
-    return __builtin_erff(x);
-#endif
-}
-VITOK_INLINE double gate_erf(double x) {
-#if defined(__CUDA_ARCH__)
-    return erf(x);
-#else
-    return __builtin_erf(x);
-#endif
-}
+VITOK_INLINE double gate_exp(double x) { return VITOK_MATH(exp)(x); }
+VITOK_INLINE float gate_erf(float x) { return VITOK_MATH(erff)(x); }
+VITOK_INLINE double gate_erf(double x) { return VITOK_MATH(erf)(x); }
 VITOK_INLINE float gate_reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
     return __fdividef(1.0f, x);  // 0 beyond 2^126, which the true value is to fp32's smallest normal number

@@ -43,13 +43,7 @@ VITOK_INLINE float variance_excess(float v, float variance) {
 #undef VITOK_STEP
     return v > -0.5f && v < 0.5f ? y * v * v : variance - 1.0f - v;
 }
-VITOK_INLINE double variance_excess(double v, double) {
-#if defined(__CUDACC__)
-    return expm1(v) - v;
-#else
-    return __builtin_expm1(v) - v;
-#endif
-}
+VITOK_INLINE double variance_excess(double v, double) { return VITOK_MATH(expm1)(v) - v; }
 
 // What both directions are given.
 struct GaussianMoments {

@@ -123,33 +123,18 @@ static inline void with_distance(Distance distance, Fn&& fn) {
     }
 }
 
-VITOK_INLINE float pixel_sqrt(float x) {
-#if defined(__CUDA_ARCH__)
-    return sqrtf(x);
-#else
-    return __builtin_sqrtf(x);
-#endif
-}
-VITOK_INLINE double pixel_sqrt(double x) {
-#if defined(__CUDA_ARCH__)
-    return sqrt(x);
-#else
-    return __builtin_sqrt(x);
-#endif
-}
-
 // f of one number, and its slope; at 0 that of |d| is 0.
 template <Distance kDistance, class F>
 VITOK_INLINE F pixel_distance(F d, F eps_squared) {
     if (kDistance == Distance::l1) return d < F(0) ? -d : d;
     if (kDistance == Distance::l2) return d * d;
-    return pixel_sqrt(d * d + eps_squared);
+    return square_root(d * d + eps_squared);
 }
 template <Distance kDistance, class F>
 VITOK_INLINE F pixel_slope(F d, F eps_squared) {
     if (kDistance == Distance::l1) return d > F(0) ? F(1) : d < F(0) ? F(-1) : F(0);
     if (kDistance == Distance::l2) return d + d;
-    return d / pixel_sqrt(d * d + eps_squared);
+    return d / square_root(d * d + eps_squared);
 }
 
 }  // namespace vitok

@@ -177,20 +177,23 @@ VITOK_INLINE float lanes_largest(Lanes x) {
 }
 #endif
 
-// 2^(n + f) for an integer -127 <= n <= 128 and |f| <= 1/2: n are the low bits of `shifted`, which is n + 1.5 * 2^23.
-VITOK_INLINE Lanes lanes_exp2_parts(Lanes shifted, Lanes f) {
-    // Minimax for the relative error: 2e-9.
+// 2^f for |f| <= 1/2: minimax for the relative error, 2e-9.
+VITOK_INLINE Lanes lanes_exp2_fraction(Lanes f) {
     Lanes y = lanes_set(0x1.41fbbcp-13f);
     y = lanes_fma(y, f, lanes_set(0x1.5f3e52p-10f));
     y = lanes_fma(y, f, lanes_set(0x1.3b2d4cp-7f));
     y = lanes_fma(y, f, lanes_set(0x1.c6aee8p-5f));
     y = lanes_fma(y, f, lanes_set(0x1.ebfbdcp-3f));
     y = lanes_fma(y, f, lanes_set(0x1.62e43p-1f));
-    y = lanes_fma(y, f, lanes_set(1.0f));
+    return lanes_fma(y, f, lanes_set(1.0f));
+}
+
+// 2^(n + f) for an integer -127 <= n <= 128 and |f| <= 1/2: n are the low bits of `shifted`, which is n + 1.5 * 2^23.
+VITOK_INLINE Lanes lanes_exp2_parts(Lanes shifted, Lanes f) {
     // 2^n in two factors, because 2^128 is no float.
     const IntLanes n = lanes_bits(shifted) - 0x4b400000;
     const IntLanes half = n >> 1;
-    return y * bits_lanes((half + 127) << 23) * bits_lanes((n - half + 127) << 23);
+    return lanes_exp2_fraction(f) * bits_lanes((half + 127) << 23) * bits_lanes((n - half + 127) << 23);
 }
 
 // 2^x to 2 units in the last place; 0 below 2^-126, infinity from 2^128, NaN for NaN.
@@ -218,14 +221,8 @@ VITOK_INLINE Lanes lanes_exp_bounded(Lanes x) {
     const Lanes log2e = lanes_set(0x1.715476p0f), magic = lanes_set(0x1.8p23f);
     const Lanes shifted = lanes_fma(x, log2e, magic);
     const Lanes f = lanes_fma(x, log2e, magic - shifted);
-    Lanes y = lanes_set(0x1.41fbbcp-13f);
-    y = lanes_fma(y, f, lanes_set(0x1.5f3e52p-10f));
-    y = lanes_fma(y, f, lanes_set(0x1.3b2d4cp-7f));
-    y = lanes_fma(y, f, lanes_set(0x1.c6aee8p-5f));
-    y = lanes_fma(y, f, lanes_set(0x1.ebfbdcp-3f));
-    y = lanes_fma(y, f, lanes_set(0x1.62e43p-1f));
-    y = lanes_fma(y, f, lanes_set(1.0f));
-    return y * bits_lanes((lanes_bits(shifted) - (0x4b400000 - 127)) << 23);  // 2^-127 is 0 and 2^128 infinity in these bits
+    // 2^-127 is 0 and 2^128 infinity in these bits.
+    return lanes_exp2_fraction(f) * bits_lanes((lanes_bits(shifted) - (0x4b400000 - 127)) << 23);
 }
 
 // 1 / (1 + e^-x); 0 from -88.4 down.

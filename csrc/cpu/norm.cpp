@@ -23,8 +23,6 @@ VITOK_INLINE double lanes_fma(double a, double b, double c) { return a * b + c; 
 VITOK_INLINE double lanes_load(const double* from) { return *from; }
 VITOK_INLINE void lanes_store(double* to, double x) { *to = x; }
 VITOK_INLINE double lanes_sum(double x) { return x; }
-VITOK_INLINE double square_root(double x) { return __builtin_sqrt(x); }
-VITOK_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 
 template <class F>
 struct Vector {

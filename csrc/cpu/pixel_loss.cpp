@@ -2,6 +2,7 @@
 // standard library templates in here, because their inline copies would leak across instruction sets.
 #include "../common/pixel_loss.h"
 #include "dispatch.h"
+#include "interleave.h"
 #include "lanes.h"
 
 namespace vitok {
@@ -120,42 +121,17 @@ void gradient_patch(const Patch<double, S>& a, const Formula& f, double* to, int
         }
 }
 
-template <class S, class T>
-VITOK_INLINE S widen_as(T value) {
-    return static_cast<S>(widen(value));
-}
-
-// count pixels of one line, interleaved as r g b r g b ...
-template <class T, class S>
-void bring_together(const T* from, int64_t stride_x, int64_t stride_c, S* __restrict to, int64_t count) {
-    if (stride_x == 1) {  // three planes: this form is vectorised
-        const T* __restrict red = from;
-        const T* __restrict green = from + stride_c;
-        const T* __restrict blue = from + 2 * stride_c;
-        for (int64_t x = 0; x < count; ++x) {
-            to[3 * x] = widen_as<S>(red[x]);
-            to[3 * x + 1] = widen_as<S>(green[x]);
-            to[3 * x + 2] = widen_as<S>(blue[x]);
-        }
-    } else {
-        for (int64_t x = 0; x < count; ++x)
-            for (int64_t ch = 0; ch < 3; ++ch) to[3 * x + ch] = widen_as<S>(from[x * stride_x + ch * stride_c]);
-    }
-}
-
-// The same from the element at `offset` of a target of any dtype that is compared as S.
+// count pixels of one line, from the element at `offset` of a target of any dtype that is compared as S.
 template <class S>
 __attribute__((noinline)) void stage_line(const PixelPair& a, int64_t offset, S* to, int64_t count) {
     const auto from = [&](auto element) { return static_cast<const decltype(element)*>(a.target) + offset; };
     if (sizeof(S) == 4 && a.target_dtype == DType::float16)
-        bring_together(from(f16{}), a.strides[3], a.strides[4], to, count);
+        interleave(from(f16{}), a.strides[3], a.strides[4], to, count);
     else if (sizeof(S) == 4 && a.target_dtype == DType::bfloat16)
-        bring_together(from(bf16{}), a.strides[3], a.strides[4], to, count);
+        interleave(from(bf16{}), a.strides[3], a.strides[4], to, count);
     else
-        bring_together(from(S{}), a.strides[3], a.strides[4], to, count);
+        interleave(from(S{}), a.strides[3], a.strides[4], to, count);
 }
-
-VITOK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Calls visit(token, frame, patch) for every frame of every token of token row `row`, in a fixed order. Frames beyond the
 // clip come with no lines.

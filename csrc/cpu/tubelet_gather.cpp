@@ -2,6 +2,7 @@
 // standard library templates in here, because their inline copies would leak across instruction sets.
 #include "../common/tubelet_gather.h"
 #include "dispatch.h"
+#include "interleave.h"
 #include "lanes.h"
 
 namespace vitok {
@@ -34,24 +35,6 @@ VITOK_INLINE void convert(const S* from, D* to, int64_t n, float scale, float sh
     if (e < n) {
         e = n - kLanes;
         lanes_store(to + e, lanes_load(from + e) * scales + shifts);
-    }
-}
-
-// count pixels of one row, interleaved as r g b r g b ...
-template <class S>
-VITOK_INLINE void interleave(const S* from, int64_t stride_x, int64_t stride_c, S* __restrict to, int64_t count) {
-    if (stride_x == 1) {  // three planes: this form is vectorised
-        const S* __restrict red = from;
-        const S* __restrict green = from + stride_c;
-        const S* __restrict blue = from + 2 * stride_c;
-        for (int64_t x = 0; x < count; ++x) {
-            to[3 * x] = red[x];
-            to[3 * x + 1] = green[x];
-            to[3 * x + 2] = blue[x];
-        }
-    } else {
-        for (int64_t x = 0; x < count; ++x)
-            for (int64_t ch = 0; ch < 3; ++ch) to[3 * x + ch] = from[x * stride_x + ch * stride_c];
     }
 }
 

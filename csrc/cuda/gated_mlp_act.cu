@@ -5,16 +5,12 @@
 
 #include "launch.h"
 #include "ops.h"
+#include "vector.h"
 
 namespace vitok {
 namespace {
 
 constexpr int kThreads = 256;
-
-template <class T, int V>
-struct alignas(V * sizeof(T)) Vector {
-    T element[V];
-};
 
 template <class T, int V>
 VITOK_INLINE Vector<T, V> load(const T* from) {

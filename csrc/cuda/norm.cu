@@ -6,6 +6,7 @@
 
 #include "launch.h"
 #include "ops.h"
+#include "vector.h"
 
 namespace vitok {
 namespace {
@@ -14,11 +15,6 @@ constexpr int kThreads = 128;
 constexpr int kValues = 32;    // elements of a row that one thread holds
 constexpr int kColumns = 32;   // columns of partial sums that one block of the last sum adds up,
 constexpr int kSumGroups = 16; // by this many groups of threads
-
-template <class T, int V>
-struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Vector {
-    T element[V];
-};
 
 template <int V, class T>
 __device__ __forceinline__ Vector<T, V> load(const void* base, int64_t offset) {
@@ -31,6 +27,15 @@ __device__ __forceinline__ void store(void* base, int64_t offset, const float (&
 #pragma unroll
     for (int n = 0; n < V; ++n) narrow(value[n], out.element[n]);
     *reinterpret_cast<Vector<T, V>*>(static_cast<T*>(base) + offset) = out;
+}
+
+// x times elements of a parameter; an absent one leaves it.
+template <int V, class W>
+__device__ __forceinline__ void multiply_by(const void* parameter, int64_t offset, float (&x)[V]) {
+    if (!parameter) return;
+    const auto factor = load<V, W>(parameter, offset);
+#pragma unroll
+    for (int v = 0; v < V; ++v) x[v] *= widen(factor.element[v]);
 }
 
 // The sum over the kGroup threads that share a row, the same bits in each of them.
@@ -69,11 +74,7 @@ __global__ void __launch_bounds__(kThreads) norm_forward_kernel(const NormForwar
             for (int v = 0; v < V; ++v) value[k][v] = widen(x.element[v]);
             if (n.residual) {
                 const auto residual = load<V, T>(n.residual, row * n.residual_stride + e);
-                if (n.scale) {
-                    const auto scale = load<V, W>(n.scale, e);
-#pragma unroll
-                    for (int v = 0; v < V; ++v) value[k][v] *= widen(scale.element[v]);
-                }
+                multiply_by<V, W>(n.scale, e, value[k]);
                 Vector<T, V> s;
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
@@ -114,11 +115,7 @@ __global__ void __launch_bounds__(kThreads) norm_forward_kernel(const NormForwar
         if (e < width) {
 #pragma unroll
             for (int v = 0; v < V; ++v) value[k][v] = norm_hat(value[k][v], mean, rstd);
-            if (n.weight) {
-                const auto weight = load<V, W>(n.weight, e);
-#pragma unroll
-                for (int v = 0; v < V; ++v) value[k][v] *= widen(weight.element[v]);
-            }
+            multiply_by<V, W>(n.weight, e, value[k]);
             if (n.bias) {
                 const auto bias = load<V, W>(n.bias, e);
 #pragma unroll
@@ -218,11 +215,7 @@ __global__ void __launch_bounds__(kThreads) norm_backward_kernel(const NormBackw
                 float gradient[V];
 #pragma unroll
                 for (int v = 0; v < V; ++v) gradient[v] = widen(grad_y[k].element[v]);
-                if (n.weight) {
-                    const auto weight = load<V, W>(n.weight, e);
-#pragma unroll
-                    for (int v = 0; v < V; ++v) gradient[v] *= widen(weight.element[v]);
-                }
+                multiply_by<V, W>(n.weight, e, gradient);
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
                     const float hat = norm_hat(widen(s[k].element[v]), mean, rstd);

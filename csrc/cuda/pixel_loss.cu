@@ -5,6 +5,7 @@
 
 #include "launch.h"
 #include "ops.h"
+#include "vector.h"
 
 namespace vitok {
 namespace {
@@ -27,12 +28,6 @@ struct Args {
     Distance kind;
     bool wide;  // every vector that lies in the clip is aligned in both pictures
     F scale, shift, eps_squared;
-};
-
-// The alignment of a vector of V elements in memory: at most 16 bytes.
-template <class T, int V>
-struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Vector {
-    T element[V];
 };
 
 // Which token this is, and its first element in both pictures.

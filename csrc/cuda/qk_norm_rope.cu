@@ -8,6 +8,7 @@
 
 #include "launch.h"
 #include "ops.h"
+#include "vector.h"
 
 namespace vitok {
 namespace {
@@ -36,25 +37,19 @@ struct Layout {
     const void* k_weight;
 };
 
-// V elements that are loaded and stored as one.
-template <class T, int V>
-struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Pack {
-    T element[V];
-};
-
 template <class F, class T, int V>
 __device__ __forceinline__ void load(const T* from, F (&to)[V]) {
-    const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
+    const auto wide = *reinterpret_cast<const Vector<T, V>*>(from);
 #pragma unroll
-    for (int n = 0; n < V; ++n) to[n] = widen(pack.element[n]);
+    for (int n = 0; n < V; ++n) to[n] = widen(wide.element[n]);
 }
 
 template <class F, class T, int V>
 __device__ __forceinline__ void store(T* to, const F (&from)[V]) {
-    Pack<T, V> pack;
+    Vector<T, V> wide;
 #pragma unroll
-    for (int n = 0; n < V; ++n) narrow(from[n], pack.element[n]);
-    *reinterpret_cast<Pack<T, V>*>(to) = pack;
+    for (int n = 0; n < V; ++n) narrow(from[n], wide.element[n]);
+    *reinterpret_cast<Vector<T, V>*>(to) = wide;
 }
 
 template <class F>
@@ -98,6 +93,29 @@ __device__ __forceinline__ int64_t offset_in(const Strides& strides, const Row& 
     return at.b * strides.b + at.l * strides.l + part * strides.part + at.h * strides.h;
 }
 
+// What a thread holds of a row: its vectors of first channels, and of the second ones that belong to them.
+template <int G, class F, int V, int ITER>
+__device__ __forceinline__ void load_weights(const Layout& a, int part, int32_t lane, bool norms, F (&to)[ITER][2][V]) {
+#pragma unroll
+    for (int it = 0; it < ITER; ++it) {
+        const int32_t i = (it * G + lane) * V;
+#pragma unroll
+        for (int n = 0; n < V; ++n) {
+            to[it][0][n] = norms && i < a.half ? weight_at<F>(a, part, i + n) : F(1);
+            to[it][1][n] = norms && i < a.seconds ? weight_at<F>(a, part, a.half + i + n) : F(1);
+        }
+    }
+}
+
+// The same of vector `it` of a row of numbers: zeros where there is no row, or no channel.
+template <class T, class F, int V>
+__device__ __forceinline__ void load_pair(const Layout& a, const T* from, int32_t i, bool inside, F (&to)[2][V]) {
+#pragma unroll
+    for (int n = 0; n < V; ++n) to[0][n] = to[1][n] = 0;
+    if (inside && i < a.half) load(from + i, to[0]);
+    if (inside && i < a.seconds) load(from + a.half + i, to[1]);
+}
+
 // Cosines and sines of V pairs of a token.
 template <class F, int V>
 __device__ __forceinline__ void load_angles(const Layout& a, const Row& at, int32_t i, F (&cos)[V], F (&sin)[V]) {
@@ -113,15 +131,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_forward_kernel(const La
     const int32_t lane = threadIdx.x % G;
     const bool norms = a.norms && part < 2, rotates = a.rotates && part < 2;
     F weight[ITER][2][V];
-#pragma unroll
-    for (int it = 0; it < ITER; ++it) {
-        const int32_t i = (it * G + lane) * V;
-#pragma unroll
-        for (int n = 0; n < V; ++n) {
-            weight[it][0][n] = norms && i < a.half ? weight_at<F>(a, part, i + n) : F(1);
-            weight[it][1][n] = norms && i < a.seconds ? weight_at<F>(a, part, a.half + i + n) : F(1);
-        }
-    }
+    load_weights<G>(a, part, lane, norms, weight);
 
     constexpr int64_t per_block = kThreads / G;
     // All threads of a warp make the same number of turns, because they shuffle.
@@ -137,10 +147,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_forward_kernel(const La
 #pragma unroll
         for (int it = 0; it < ITER; ++it) {
             const int32_t i = (it * G + lane) * V;
-#pragma unroll
-            for (int n = 0; n < V; ++n) value[it][0][n] = value[it][1][n] = 0;
-            if (inside && i < a.half) load(x + i, value[it][0]);
-            if (inside && i < a.seconds) load(x + a.half + i, value[it][1]);
+            load_pair(a, x, i, inside, value[it]);
 #pragma unroll
             for (int n = 0; n < V; ++n)
                 squares += value[it][0][n] * value[it][0][n] + value[it][1][n] * value[it][1][n];
@@ -175,17 +182,8 @@ __global__ void __launch_bounds__(kThreads)
     const int part = blockIdx.y;
     const int32_t lane = threadIdx.x % G;
     const bool norms = a.norms && part < 2, rotates = a.rotates && part < 2;
-    F weight[ITER][2][V], dweight[ITER][2][V];
-#pragma unroll
-    for (int it = 0; it < ITER; ++it) {
-        const int32_t i = (it * G + lane) * V;
-#pragma unroll
-        for (int n = 0; n < V; ++n) {
-            weight[it][0][n] = norms && i < a.half ? weight_at<F>(a, part, i + n) : F(1);
-            weight[it][1][n] = norms && i < a.seconds ? weight_at<F>(a, part, a.half + i + n) : F(1);
-            dweight[it][0][n] = dweight[it][1][n] = 0;
-        }
-    }
+    F weight[ITER][2][V], dweight[ITER][2][V] = {};
+    load_weights<G>(a, part, lane, norms, weight);
 
     constexpr int64_t per_block = kThreads / G;
     for (int64_t first_row = blockIdx.x * per_block; first_row < a.rows; first_row += gridDim.x * per_block) {
@@ -199,10 +197,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int it = 0; it < ITER; ++it) {
             const int32_t i = (it * G + lane) * V;
-#pragma unroll
-            for (int n = 0; n < V; ++n) u[it][0][n] = u[it][1][n] = 0;
-            if (inside && i < a.half) load(grad + i, u[it][0]);
-            if (inside && i < a.seconds) load(grad + a.half + i, u[it][1]);
+            load_pair(a, grad, i, inside, u[it]);
             if (rotates && inside && i < a.half) {
                 F cos[V], sin[V];
                 load_angles(a, at, i, cos, sin);
@@ -217,10 +212,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int it = 0; it < ITER; ++it) {
                 const int32_t i = (it * G + lane) * V;
-#pragma unroll
-                for (int n = 0; n < V; ++n) value[it][0][n] = value[it][1][n] = 0;
-                if (inside && i < a.half) load(x + i, value[it][0]);
-                if (inside && i < a.seconds) load(x + a.half + i, value[it][1]);
+                load_pair(a, x, i, inside, value[it]);
 #pragma unroll
                 for (int n = 0; n < 2 * V; ++n) {
                     const F v = value[it][n / V][n % V];

@@ -7,6 +7,7 @@
 
 #include "launch.h"
 #include "ops.h"
+#include "vector.h"
 
 namespace vitok {
 namespace {
@@ -53,11 +54,7 @@ __global__ void __launch_bounds__(kThreads) tubelet_gather_kernel(const Args<S, 
         S in[V];
         bool zero[V];
         if (V > 1 && a.wide_loads && last_x < a.width) {
-            // The alignment that a vector of V elements of S has in memory: 8 or 16 bytes.
-            struct alignas(V * sizeof(S) < 16 ? V * sizeof(S) : 16) Wide {
-                S element[V];
-            };
-            const Wide wide = *reinterpret_cast<const Wide*>(row + static_cast<int64_t>(lx) * p * 3 + e);
+            const auto wide = *reinterpret_cast<const Vector<S, V>*>(row + static_cast<int64_t>(lx) * p * 3 + e);
 #pragma unroll
             for (int n = 0; n < V; ++n) {
                 in[n] = wide.element[n];
@@ -72,12 +69,10 @@ __global__ void __launch_bounds__(kThreads) tubelet_gather_kernel(const Args<S, 
             }
         }
 
-        struct alignas(V * sizeof(D) < 16 ? V * sizeof(D) : 16) Out {
-            D element[V];
-        } out;
+        Vector<D, V> out;
 #pragma unroll
         for (int n = 0; n < V; ++n) narrow(zero[n] ? F(0) : normalise(widen(in[n]), a.scale, a.shift), out.element[n]);
-        *reinterpret_cast<Out*>(target + (static_cast<int64_t>(token_row) * a.row_vectors + v) * V) = out;
+        *reinterpret_cast<Vector<D, V>*>(target + (static_cast<int64_t>(token_row) * a.row_vectors + v) * V) = out;
     }
 }
 
