@@ -8,7 +8,8 @@
 // Enough heads for all threads: a thread takes whole heads, and a pair of blocks gives dq, dk and dv at once. Else threads
 // share the blocks of keys for dk and dv, then the blocks of queries for dq, and p and ds are computed twice. Sums run in
 // the same order either way, so the bits do not depend on the number of threads.
-#include "attention.h"
+#include "attention_rows.h"
+#include "attention_work.h"
 
 namespace vitok {
 namespace VITOK_ISA {
@@ -43,38 +44,11 @@ struct Blocks {
     alignas(64) float scores[kQueries * kBlockStride];   // ds
 };
 
-// out[kRows][width] += a . b, by groups of vectors. a lies in a block of p or ds, whose columns are its rows when Turned.
+// out[kRows][width] += a . b. a lies in a block of p or ds, whose columns are its rows when Turned.
 template <bool Turned>
-__attribute__((noinline)) void accumulate(const float* a, const float* b, int64_t depth, int64_t stride, float* out) {
+__attribute__((noinline)) void add_product(const float* a, const float* b, int64_t depth, int64_t stride, float* out) {
     constexpr int64_t row = Turned ? 1 : kBlockStride, step = Turned ? kBlockStride : 1;
-    for_groups(stride / kLanes, [&](auto constant, int64_t vector) {
-        constexpr int W = decltype(constant)::value;
-        Lanes sum[kRows][W];
-#pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-            for (int w = 0; w < W; ++w) sum[r][w] = lanes_load(out + r * stride + (vector + w) * kLanes);
-        multiply<Singles>(a, row, step, b + vector * kLanes, stride, depth, sum);
-#pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-            for (int w = 0; w < W; ++w) lanes_store(out + r * stride + (vector + w) * kLanes, sum[r][w]);
-    });
-}
-
-// kRows rows of a against kPanel columns: hands every vector of products to store(row, its first column, products).
-template <class Store>
-VITOK_INLINE void product(const float* a, const float* panel, int64_t depth, Store&& store) {
-    Lanes sum[kRows][kWide];
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int w = 0; w < kWide; ++w) sum[r][w] = lanes_set(0.0f);
-    multiply<Singles>(a, kRowStride, 1, panel, kPanel, depth, sum);
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int w = 0; w < kWide; ++w) store(r, w * kLanes, sum[r][w]);
+    accumulate<Singles>(a, row, step, b, stride, depth, out, stride, [](int, Lanes sum) { return sum; });
 }
 
 // Queries start .. start + kQueries - 1 with keys block .. block + kKeys - 1: adds to dq, or to dk and dv, or to all three.
@@ -99,11 +73,13 @@ void pair(const AttentionBackward& g, const Interval* seen, const Head& head, in
         const float* const lse = head.lse + start + t;
         const float* const delta = head.delta + start + t;
         for (int64_t j = first; j < last; j += kPanel) {
-            product(local.q + t * kRowStride, head.key_panels + j * width, width, [&](int r, int column, Lanes sum) {
+            const float* const keys = head.key_panels + j * width;
+            const float* const values = head.value_panels + j * width;
+            product<Singles>(local.q + t * kRowStride, keys, width, [&](int r, int column, Lanes sum) {
                 const Lanes weight = exp2_weight(lanes_fma(sum, scale_log2, lanes_set(-lse[r])));
                 lanes_store(weights + r * kBlockStride + j - first + column, weight);
             });
-            product(local.grad + t * kRowStride, head.value_panels + j * width, width, [&](int r, int column, Lanes sum) {
+            product<Singles>(local.grad + t * kRowStride, values, width, [&](int r, int column, Lanes sum) {
                 const int64_t at = r * kBlockStride + j - first + column;
                 lanes_store(scores + at, (sum - lanes_set(delta[r])) * scale * lanes_load(weights + at));
             });
@@ -120,12 +96,12 @@ void pair(const AttentionBackward& g, const Interval* seen, const Head& head, in
             }
         }
         if (want_q)
-            accumulate<false>(scores, head.k + first * stride, last - first, stride, head.dq + (start + t) * stride);
+            add_product<false>(scores, head.k + first * stride, last - first, stride, head.dq + (start + t) * stride);
     }
     if (!want_kv) return;
     for (int64_t j = first; j < last; j += kRows) {
-        accumulate<true>(local.weights + j - first, head.grad + start * stride, stop - start, stride, head.dv + j * stride);
-        accumulate<true>(local.scores + j - first, head.q + start * stride, stop - start, stride, head.dk + j * stride);
+        add_product<true>(local.weights + j - first, head.grad + start * stride, stop - start, stride, head.dv + j * stride);
+        add_product<true>(local.scores + j - first, head.q + start * stride, stop - start, stride, head.dk + j * stride);
     }
 }
 
@@ -307,91 +283,6 @@ void backward(const AttentionBackward& g) {
     }
 }
 
-// The same for one row of q or k in float64; `row` holds the gradient, `partial` the sum of the weight's.
-void untransform_float64(const AttentionBackward& g, const void* weights, const double* from, int64_t token, double* row,
-                         double* partial, double* to) {
-    const int64_t width = g.width(), half = width / 2;
-    if (g.table) {
-        const double* const c = static_cast<const double*>(g.table) + token * half;
-        const double* const s = c + g.tokens() * half;
-        for (int64_t i = 0; i < half; ++i) {
-            const double a = row[i], b = row[i + half];
-            row[i] = a * c[i] + b * s[i];
-            row[i + half] = b * c[i] - a * s[i];
-        }
-    }
-    if (!weights) {
-        for (int64_t e = 0; e < width; ++e) to[e] = row[e];
-        return;
-    }
-    const double rstd = 1.0 / __builtin_sqrt(dot_float64(from, from, width) / static_cast<double>(width) + g.eps);
-    with_float(g.weight_dtype, [&](auto zero) {
-        const auto* const weight = static_cast<const decltype(zero)*>(weights);
-        double mean = 0.0;
-        for (int64_t e = 0; e < width; ++e) {
-            partial[e] += row[e] * from[e] * rstd;
-            mean += row[e] * static_cast<double>(widen(weight[e])) * from[e] * rstd;
-        }
-        mean /= static_cast<double>(width);
-        for (int64_t e = 0; e < width; ++e)
-            to[e] = (row[e] * static_cast<double>(widen(weight[e])) - from[e] * rstd * mean) * rstd;
-    });
-}
-
-// In float64, row by row: for gradient checks, not for speed.
-void backward_float64(const AttentionBackward& g) {
-    const Scratch scratch(g);
-    const int64_t tokens = g.tokens(), width = g.width(), stride = g.padded_width(), between = g.heads() * width;
-    const double scale = 1.0 / __builtin_sqrt(static_cast<double>(width));
-    double* const q = scratch.matrix<double>(g, 0);
-    double* const k = scratch.matrix<double>(g, 1);
-    double* const dq = scratch.matrix<double>(g, 2);
-    double* const dk = scratch.matrix<double>(g, 3);
-    double* const dq_weight = scratch.matrix<double>(g, 4);
-    double* const dk_weight = scratch.matrix<double>(g, 5);
-    fill_intervals(g, scratch.keys);
-    for (int64_t e = 0; e < width; ++e) dq_weight[e] = dk_weight[e] = 0.0;
-    for (int64_t head = 0; head < g.batch() * g.heads(); ++head) {
-        const int64_t b = head / g.heads(), h = head % g.heads();
-        const auto target = [&](int64_t i) {
-            return static_cast<double*>(g.dqkv) + ((b * tokens + i) * 3 * g.heads() + h) * width;
-        };
-        for (int64_t i = 0; i < tokens; ++i) {
-            transform_float64(g, g.q_weight, head_row<double>(g, b, i, 0, h), i, q + i * stride);
-            transform_float64(g, g.k_weight, head_row<double>(g, b, i, 1, h), i, k + i * stride);
-            for (int64_t e = 0; e < width; ++e) dq[i * stride + e] = dk[i * stride + e] = target(i)[2 * between + e] = 0.0;
-        }
-        for (int64_t i = 0; i < tokens; ++i) {
-            const double* const grad = static_cast<const double*>(g.grad) + b * g.grad_strides[0] + i * g.grad_strides[1] +
-                                       h * g.grad_strides[2];
-            const double* const out = static_cast<const double*>(g.out) + ((b * tokens + i) * g.heads() + h) * width;
-            const double delta = dot_float64(grad, out, width), lse = static_cast<const double*>(g.lse)[head * tokens + i];
-            for (int64_t j = scratch.keys[i].begin; j < scratch.keys[i].end; ++j) {
-                const double weight = __builtin_exp(scale * dot_float64(q + i * stride, k + j * stride, width) - lse);
-                const double score = weight * (dot_float64(grad, head_row<double>(g, b, j, 2, h), width) - delta) * scale;
-                for (int64_t e = 0; e < width; ++e) {
-                    target(j)[2 * between + e] += weight * grad[e];
-                    dq[i * stride + e] += score * k[j * stride + e];
-                    dk[j * stride + e] += score * q[i * stride + e];
-                }
-            }
-        }
-        for (int64_t i = 0; i < tokens; ++i) {
-            untransform_float64(g, g.q_weight, head_row<double>(g, b, i, 0, h), i, dq + i * stride, dq_weight, target(i));
-            untransform_float64(g, g.k_weight, head_row<double>(g, b, i, 1, h), i, dk + i * stride, dk_weight,
-                                target(i) + between);
-        }
-    }
-    if (!g.q_weight) return;
-    with_float(g.weight_dtype, [&](auto zero) {
-        using W = decltype(zero);
-        for (int64_t e = 0; e < width; ++e) {
-            narrow(static_cast<compute_t<W>>(dq_weight[e]), static_cast<W*>(g.dq_weight)[e]);
-            narrow(static_cast<compute_t<W>>(dk_weight[e]), static_cast<W*>(g.dk_weight)[e]);
-        }
-    });
-}
-
 }  // namespace
 
 void attention_backward(const AttentionBackward& g) {
@@ -399,7 +290,7 @@ void attention_backward(const AttentionBackward& g) {
         case DType::float16: return backward<f16>(g);
         case DType::bfloat16: return backward<bf16>(g);
         case DType::float32: return backward<float>(g);
-        case DType::float64: return backward_float64(g);
+        case DType::float64: return attention_backward_float64(g);
         case DType::uint8: return;
     }
 }

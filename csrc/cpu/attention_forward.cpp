@@ -3,7 +3,8 @@
 // Heads are taken `slots` at a time. First all threads pack their keys and values: k is normalised, rotated and transposed
 // to panels [depth][kPanel], v widened (or, with bf16 dot products, interleaved by pairs of keys). Then all threads share
 // the blocks of queries. Both products run through the same micro-kernel; a block of scores never leaves the first-level cache.
-#include "attention.h"
+#include "attention_rows.h"
+#include "attention_work.h"
 
 namespace vitok {
 namespace VITOK_ISA {
@@ -66,18 +67,10 @@ VITOK_INLINE void score(const typename Dot::Unit* queries, const Head<Dot>& head
                         float* scores, Lanes (&largest)[kRows]) {
     for (int r = 0; r < kRows; ++r) largest[r] = lanes_set(kLowest);
     for (int64_t panel = first; panel < last; panel += kPanel) {
-        Lanes sum[kRows][kWide];
-        for (int r = 0; r < kRows; ++r)
-            for (int w = 0; w < kWide; ++w) sum[r][w] = lanes_set(0.0f);
-        multiply<Dot>(queries, kRowStride, 1, head.keys + panel * depth, kPanel, depth, sum);
-#pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-            for (int w = 0; w < kWide; ++w) {
-                lanes_store(scores + r * kScoreStride + panel - first + w * kLanes, sum[r][w]);
-                largest[r] = lanes_max(sum[r][w], largest[r]);
-            }
-        }
+        product<Dot>(queries, head.keys + panel * depth, depth, [&](int r, int column, Lanes sum) {
+            lanes_store(scores + r * kScoreStride + panel - first + column, sum);
+            largest[r] = lanes_max(sum, largest[r]);
+        });
     }
 }
 
@@ -131,29 +124,6 @@ VITOK_INLINE void soften(Rows& rows, float scale, int64_t n, float* scores, cons
     }
 }
 
-// out = out * correction + weights . values
-template <class Dot>
-VITOK_INLINE void gather_values(const float* weights, const Head<Dot>& head, int64_t stride, int64_t first, int64_t last,
-                                const float* correction, float* out) {
-    using Unit = typename Dot::Unit;
-    for_groups(stride / kLanes, [&](auto constant, int64_t vector) {
-        constexpr int W = decltype(constant)::value;
-        Lanes sum[kRows][W];
-#pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-            for (int w = 0; w < W; ++w)
-                sum[r][w] = lanes_load(out + r * kRowStride + (vector + w) * kLanes) * lanes_set(correction[r]);
-        const Unit* const values = head.values + first / Dot::kElements * stride + vector * kLanes;
-        multiply<Dot>(reinterpret_cast<const Unit*>(weights), kScoreStride, 1, values, stride,
-                      (last - first) / Dot::kElements, sum);
-#pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-            for (int w = 0; w < W; ++w) lanes_store(out + r * kRowStride + (vector + w) * kLanes, sum[r][w]);
-    });
-}
-
 // Queries first .. first + kQueries - 1 of one head.
 template <class Dot, class T>
 void attend(const AttentionForward& g, const Transform& transform, const Interval* seen, const Head<Dot>& head, int64_t b,
@@ -196,7 +166,10 @@ void attend(const AttentionForward& g, const Transform& transform, const Interva
             score<Dot>(queries + t * kRows * kRowStride, head, depth, first, last, scores, largest);
             if (first < tile.keys[kRows - 1].begin || last > tile.keys[0].end) mask(tile, first, last, scores, largest);
             soften<Dot>(tile, scale, last - first, scores, largest, correction);
-            gather_values<Dot>(scores, head, stride, first, last, correction, out + t * kRows * kRowStride);
+            accumulate<Dot>(reinterpret_cast<const Unit*>(scores), kScoreStride, 1,
+                            head.values + first / Dot::kElements * stride, stride, (last - first) / Dot::kElements,
+                            out + t * kRows * kRowStride, kRowStride,
+                            [&](int r, Lanes sum) { return sum * lanes_set(correction[r]); });
         }
     }
 
@@ -212,41 +185,6 @@ void attend(const AttentionForward& g, const Transform& transform, const Interva
         if (g.lse)
             static_cast<float*>(g.lse)[(b * g.heads() + h) * tokens + i] =
                 total == 0.0f ? -__builtin_inff() : top * scale * kLn2 + __builtin_logf(total);
-    }
-}
-
-// In float64, row by row: for gradient checks, not for speed.
-void forward_float64(const AttentionForward& g) {
-    const Scratch scratch(g);
-    const int64_t tokens = g.tokens(), width = g.width(), stride = g.padded_width(), heads = g.batch() * g.heads();
-    const double scale = 1.0 / __builtin_sqrt(static_cast<double>(width));
-    fill_intervals(g, scratch.keys);
-    for (int64_t head = 0; head < heads; ++head) {
-        const int64_t b = head / g.heads(), h = head % g.heads();
-        double* const q = scratch.matrix<double>(g, 0);
-        double* const k = scratch.matrix<double>(g, 1);
-        for (int64_t i = 0; i < tokens; ++i) {
-            transform_float64(g, g.q_weight, head_row<double>(g, b, i, 0, h), i, q + i * stride);
-            transform_float64(g, g.k_weight, head_row<double>(g, b, i, 1, h), i, k + i * stride);
-        }
-        for (int64_t i = 0; i < tokens; ++i) {
-            const Interval seen = scratch.keys[i];
-            double* const out = static_cast<double*>(g.out) + ((b * tokens + i) * g.heads() + h) * width;
-            double top = -__builtin_inf(), total = 0.0;
-            for (int64_t e = 0; e < width; ++e) out[e] = 0.0;
-            for (int64_t j = seen.begin; j < seen.end; ++j) {
-                const double score = scale * dot_float64(q + i * stride, k + j * stride, width);
-                top = score > top ? score : top;
-            }
-            for (int64_t j = seen.begin; j < seen.end; ++j) {
-                const double* const v = head_row<double>(g, b, j, 2, h);
-                const double weight = __builtin_exp(scale * dot_float64(q + i * stride, k + j * stride, width) - top);
-                total += weight;
-                for (int64_t e = 0; e < width; ++e) out[e] += weight * v[e];
-            }
-            for (int64_t e = 0; e < width; ++e) out[e] = total == 0.0 ? 0.0 : out[e] / total;
-            if (g.lse) static_cast<double*>(g.lse)[head * tokens + i] = top + __builtin_log(total);
-        }
     }
 }
 
@@ -318,7 +256,7 @@ void attention_forward(const AttentionForward& g) {
 #else
         case DType::bfloat16: return forward<Singles, bf16>(g);
 #endif
-        case DType::float64: return forward_float64(g);
+        case DType::float64: return attention_forward_float64(g);
         case DType::uint8: return;
     }
 }

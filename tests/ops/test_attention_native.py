@@ -419,64 +419,89 @@ def test_scratch_is_linear_in_the_length(monkeypatch):
     assert sizes[2] <= 2 * sizes[0] and sizes[3] <= 2 * sizes[1]
 
 
-class Arguments(ctypes.Structure):
+INPUTS = [
+    ("qkv", ctypes.c_void_p), ("dtype", ctypes.c_int), ("sizes", ctypes.c_int64 * 4), ("strides", ctypes.c_int64 * 4),
+    ("q_weight", ctypes.c_void_p), ("k_weight", ctypes.c_void_p), ("weight_dtype", ctypes.c_int),
+    ("table", ctypes.c_void_p), ("eps", ctypes.c_double), ("window", ctypes.c_int64), ("causal_block", ctypes.c_int64),
+    ("cu_seqlens", ctypes.c_void_p), ("segments", ctypes.c_int64), ("lse", ctypes.c_void_p),
+    ("scratch", ctypes.c_void_p), ("scratch_bytes", ctypes.c_int64), ("slots", ctypes.c_int64),
+]  # fmt: skip
+
+
+class Forward(ctypes.Structure):
     """AttentionForward of csrc/common/attention.h."""
 
+    _fields_ = [*INPUTS, ("out", ctypes.c_void_p)]
+
+
+class Backward(ctypes.Structure):
+    """AttentionBackward of csrc/common/attention.h."""
+
     _fields_ = [
-        ("qkv", ctypes.c_void_p), ("dtype", ctypes.c_int), ("sizes", ctypes.c_int64 * 4),
-        ("strides", ctypes.c_int64 * 4), ("q_weight", ctypes.c_void_p), ("k_weight", ctypes.c_void_p),
-        ("weight_dtype", ctypes.c_int), ("table", ctypes.c_void_p), ("eps", ctypes.c_double),
-        ("window", ctypes.c_int64), ("causal_block", ctypes.c_int64), ("cu_seqlens", ctypes.c_void_p),
-        ("segments", ctypes.c_int64), ("lse", ctypes.c_void_p), ("scratch", ctypes.c_void_p),
-        ("scratch_bytes", ctypes.c_int64), ("slots", ctypes.c_int64), ("out", ctypes.c_void_p),
+        *INPUTS, ("out", ctypes.c_void_p), ("grad", ctypes.c_void_p), ("grad_strides", ctypes.c_int64 * 3),
+        ("dqkv", ctypes.c_void_p), ("dq_weight", ctypes.c_void_p), ("dk_weight", ctypes.c_void_p),
     ]  # fmt: skip
 
 
+EMULATED = """
+#include "common/attention.h"
+namespace vitok::avx512 {
+void attention_forward(const AttentionForward&);
+void attention_backward(const AttentionBackward&);
+}
+extern "C" void attention_forward(const vitok::AttentionForward* g) { vitok::avx512::attention_forward(*g); }
+extern "C" void attention_backward(const vitok::AttentionBackward* g) { vitok::avx512::attention_backward(*g); }
+"""
+
+
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory, usable_isas):
-    """The kernel with bf16 dot products emulated, as forward(name, *arguments) in the place of `_native.run`."""
+def emulated_library(tmp_path_factory, usable_isas):
+    """The kernels with bf16 dot products emulated."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or "avx512" not in usable_isas or not CSRC.is_dir():
         pytest.skip("needs the sources, a C++ compiler and AVX-512")
     folder = tmp_path_factory.mktemp("emulated")
-    (folder / "emulated.cpp").write_text(
-        '#include "cpu/attention_forward.cpp"\n'
-        'extern "C" void run(const vitok::AttentionForward* g) { vitok::VITOK_ISA::attention_forward(*g); }\n'
-    )
+    (folder / "emulated.cpp").write_text(EMULATED)
     subprocess.run(
         [
             compiler, "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-mavx2", "-mfma", "-mf16c",
             "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-DVITOK_EMULATE_BF16", "-DVITOK_ISA=avx512",
-            f"-I{CSRC}", "emulated.cpp", "-o", "emulated.so",
+            f"-I{CSRC}", "emulated.cpp", *map(str, sorted(CSRC.glob("cpu/attention_*.cpp"))), "-o", "emulated.so",
         ],
         cwd=folder, check=True, timeout=600,
     )  # fmt: skip
-    kernel = ctypes.CDLL(str(folder / "emulated.so")).run
+    return ctypes.CDLL(str(folder / "emulated.so"))
 
-    def forward(name, like, *values):
-        dtypes = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
-        arguments = Arguments()
-        for (field, kind), value in zip(Arguments._fields_, values, strict=True):
+
+@pytest.fixture
+def emulated(emulated_library, monkeypatch):
+    """`run` calls the kernels with bf16 dot products emulated."""
+    dtypes = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
+
+    def call(name, like, *values):
+        arguments = {"attention_forward": Forward, "attention_backward": Backward}[name]()
+        for (field, kind), value in zip(arguments._fields_, values, strict=True):
             value = dtypes[value] if isinstance(value, str) else value
             setattr(arguments, field, kind(*value) if isinstance(value, tuple) else value)
-        kernel(ctypes.byref(arguments))
+        getattr(emulated_library, name)(ctypes.byref(arguments))
 
-    return forward
+    monkeypatch.setattr(_native, "run", call)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("mask", [None, *MASKS])
 @pytest.mark.parametrize(("length", "width"), [(1, 64), (5, 8), (65, 72), (130, 128), (420, 64), (420, 40), (70, 256)])
-def test_bf16_dot_products_emulated(emulated, monkeypatch, length, width, mask, judge):
+def test_bf16_dot_products_emulated(emulated, length, width, mask, judge):
     masks = MASKS[mask] if mask else {}
     if "cu_seqlens" in masks and length < 420:
         masks = {"cu_seqlens": masks["cu_seqlens"].clamp(max=length)}
-    monkeypatch.setattr(_native, "run", emulated)
     for fused in (False, True):
         inputs = make(1, length, 2, width, torch.bfloat16, norm=fused, rope=fused)
-        out, lse = run(*inputs, **masks)
-        baseline = formula(*inputs, **masks)[0]
-        oracle, oracle_lse = formula(*(None if x is None else x.double() for x in inputs), **masks)
-        judge(out, baseline, oracle)
-        if not fused:
-            torch.testing.assert_close(lse.double(), oracle_lse, rtol=1e-5, atol=1e-5)
+        compare(judge, inputs, some_grad(inputs), **masks)
+
+
+@pytest.mark.long
+def test_a_query_with_one_key_gives_no_gradient_to_either_emulated(emulated):
+    inputs = make(1, 101, 2, 40, torch.bfloat16)
+    dqkv = run(*inputs, some_grad(inputs), window=0)[2]
+    assert not dqkv[:, :, :2].any() and torch.equal(dqkv[:, :, 2], some_grad(inputs))

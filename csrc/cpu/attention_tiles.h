@@ -1,0 +1,171 @@
+// The matrix products of attention: tiles of sums that stay in registers, of fp32 numbers or of pairs of bf16.
+#pragma once
+
+#include "../common/attention.h"
+#include "bf16_dot.h"
+
+namespace vitok {
+namespace VITOK_ISA {
+namespace {
+
+// The micro-kernel keeps kRows x kWide vectors of sums in registers, beside kWide of a matrix and one broadcast element.
+#if defined(__AVX512F__)
+constexpr int kRows = 12, kWide = 2;
+#elif defined(__aarch64__)
+constexpr int kRows = 6, kWide = 4;
+#else
+constexpr int kRows = 6, kWide = 2;
+#endif
+constexpr int kPanel = kWide * kLanes;  // keys that lie side by side in a packed, transposed matrix
+
+static_assert(kTokenPadding % kPanel == 0 && kHeadPadding % kLanes == 0, "padded matrices divide into panels and vectors");
+
+// Rows of local buffers are an odd number of cache lines apart, so that a column of them does not fall into one cache set.
+constexpr int64_t kRowStride = kMaxHead + 16;
+
+// Units of 4 bytes are what the micro-kernel broadcasts and what a lane holds: an fp32 number, or a pair of bf16.
+struct Singles {
+    using Unit = float;
+    using Vector = Lanes;
+    static constexpr int kElements = 1;
+    VITOK_INLINE Vector load(const Unit* from) { return lanes_load(from); }
+    VITOK_INLINE Vector broadcast(const Unit* from) { return lanes_set(*from); }
+    VITOK_INLINE Lanes add(Vector a, Vector b, Lanes sum) { return lanes_fma(a, b, sum); }
+    VITOK_INLINE void narrow_row(const float* from, int64_t n, Unit* to) {
+        for (int64_t i = 0; i < n; i += kLanes) lanes_store(to + i, lanes_load(from + i));
+    }
+};
+
+#if defined(VITOK_BF16_DOT)
+struct Pairs {
+    using Unit = uint32_t;
+    using Vector = __m512i;
+    static constexpr int kElements = 2;
+    VITOK_INLINE Vector load(const Unit* from) { return _mm512_loadu_si512(from); }
+    VITOK_INLINE Vector broadcast(const Unit* from) { return _mm512_set1_epi32(static_cast<int>(*from)); }
+    VITOK_INLINE Lanes add(Vector a, Vector b, Lanes sum) { return bf16_dot(sum, a, b); }
+    VITOK_INLINE void narrow_row(const float* from, int64_t n, Unit* to) {
+        for (int64_t i = 0; i < n; i += kLanes)
+            lanes_store(reinterpret_cast<bf16*>(to + i / 2), lanes_load(from + i));
+    }
+};
+#endif
+
+// sum[r][w] += sum_k a[r * row + k * step] * b[k * b_step + lanes of vector w]
+template <class Dot, int W>
+VITOK_INLINE void multiply(const typename Dot::Unit* a, int64_t row, int64_t step, const typename Dot::Unit* b,
+                           int64_t b_step, int64_t depth, Lanes (&sum)[kRows][W]) {
+    for (int64_t k = 0; k < depth; ++k, a += step, b += b_step) {
+        typename Dot::Vector column[W];
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) column[w] = Dot::load(b + w * kLanes);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+            const typename Dot::Vector x = Dot::broadcast(a + r * row);
+#pragma GCC unroll 4
+            for (int w = 0; w < W; ++w) sum[r][w] = Dot::add(x, column[w], sum[r][w]);
+        }
+    }
+}
+
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+
+// Cuts rows of `vectors` vectors into as few and as even groups of at most kWide as possible, and calls
+// fn(constant width, first vector) for each.
+template <class Fn>
+VITOK_INLINE void for_groups(int64_t vectors, Fn&& fn) {
+    const int64_t groups = ceil_div(vectors, kWide);
+    for (int64_t group = 0, first = 0; group < groups; ++group) {
+        const int64_t width = vectors / groups + (group < vectors % groups);
+        if (width == kWide) {
+            fn(Constant<kWide>{}, first);
+        } else if (kWide > 3 && width == 3) {
+            fn(Constant<kWide < 3 ? kWide : 3>{}, first);
+        } else if (kWide > 2 && width == 2) {
+            fn(Constant<2>{}, first);
+        } else {
+            fn(Constant<1>{}, first);
+        }
+        first += width;
+    }
+}
+
+// kRows rows of `a`, kRowStride apart, against the kPanel columns of a panel: hands every vector of products to
+// store(row, its first column, products).
+template <class Dot, class Store>
+VITOK_INLINE void product(const typename Dot::Unit* a, const typename Dot::Unit* panel, int64_t depth, Store&& store) {
+    Lanes sum[kRows][kWide];
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int w = 0; w < kWide; ++w) sum[r][w] = lanes_set(0.0f);
+    multiply<Dot>(a, kRowStride, 1, panel, kPanel, depth, sum);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int w = 0; w < kWide; ++w) store(r, w * kLanes, sum[r][w]);
+}
+
+// kRows rows of `out` become begin(row, what they were) + a . b; a as in multiply, b of rows of b_step units, which is the
+// padded width.
+template <class Dot, class Begin>
+VITOK_INLINE void accumulate(const typename Dot::Unit* a, int64_t row, int64_t step, const typename Dot::Unit* b,
+                             int64_t b_step, int64_t depth, float* out, int64_t out_stride, Begin&& begin) {
+    for_groups(b_step / kLanes, [&](auto constant, int64_t vector) {
+        constexpr int W = decltype(constant)::value;
+        float* const to = out + vector * kLanes;
+        Lanes sum[kRows][W];
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+            for (int w = 0; w < W; ++w) sum[r][w] = begin(r, lanes_load(to + r * out_stride + w * kLanes));
+        multiply<Dot>(a, row, step, b + vector * kLanes, b_step, depth, sum);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+            for (int w = 0; w < W; ++w) lanes_store(to + r * out_stride + w * kLanes, sum[r][w]);
+    });
+}
+
+constexpr float kLog2e = 0x1.715476p0f;
+
+// 2^x for finite x <= 128, 0 far below; NaN for NaN. To 2e-7, which is what fp32 sums of such weights can use.
+VITOK_INLINE Lanes exp2_weight(Lanes x) {
+#if defined(__AVX512F__)
+    const Lanes bounded = lanes_max(lanes_set(-200.0f), x);
+    const Lanes n = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const Lanes bounded = lanes_max(lanes_set(-126.0f), x);
+    const Lanes shifted = bounded + lanes_set(0x1.8p23f);
+    const Lanes n = shifted - lanes_set(0x1.8p23f);
+#endif
+    const Lanes f = bounded - n;
+    Lanes y = lanes_set(0x1.5c08e6p-10f);
+    y = lanes_fma(y, f, lanes_set(0x1.3d0c52p-7f));
+    y = lanes_fma(y, f, lanes_set(0x1.c6b6e4p-5f));
+    y = lanes_fma(y, f, lanes_set(0x1.ebf918p-3f));
+    y = lanes_fma(y, f, lanes_set(0x1.62e428p-1f));
+    y = lanes_fma(y, f, lanes_set(1.0f));
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(y, n);
+#else
+    // The integer n stands in the low bits of `shifted`: it goes to the exponent of y, which is from 0.7 to 1.42.
+    const Lanes scaled = bits_lanes(lanes_bits(y) + (lanes_bits(shifted) << 23));
+    return lanes_where_less(x, lanes_set(-125.0f), lanes_set(0.0f), scaled);
+#endif
+}
+
+VITOK_INLINE float largest_lane(Lanes x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(x);
+#else
+    return lanes_largest(x);
+#endif
+}
+
+}  // namespace
+}  // namespace VITOK_ISA
+}  // namespace vitok
