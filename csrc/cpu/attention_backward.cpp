@@ -4,6 +4,8 @@
 //   dq[i] = sum_j ds[i, j] k[j]          dk[j]    = sum_i ds[i, j] q[i]
 //
 // then back through rotation and norm. Blocks of p and ds stay in the second-level cache and feed three products each way.
+// With bf16 dot products all five sum over pairs: of channels towards p and ds, of keys towards dq, of queries towards dk and
+// dv. Where the pairs are of tokens, their two rows are joined to one row of units.
 //
 // Enough heads for all threads: a thread takes whole heads, and a pair of blocks gives dq, dk and dv at once. Else threads
 // share the blocks of keys for dk and dv, then the blocks of queries for dq, and p and ds are computed twice. Sums run in
@@ -29,57 +31,71 @@ constexpr int64_t kStep = common_multiple(kPanel, kRows);
 static_assert(kKeys % kStep == 0 && kQueries % kRows == 0 && kTokenPadding % kKeys == 0 && kTokenPadding % kQueries == 0,
               "blocks divide evenly");
 
-// A head's matrices in the scratch. Plain ones have rows of the padded width.
+// A head's matrices in the scratch.
+template <class Dot>
 struct Head {
-    float *key_panels, *value_panels;  // [panel][width][kPanel]
-    float *k, *q, *grad, *dq, *dk, *dv;
-    float *lse, *delta;  // [padded tokens]; lse to base 2
+    using Unit = typename Dot::Unit;
+    Unit *key_panels, *value_panels;          // [panel][width / kElements][kPanel]
+    Unit *q, *grad;                           // [token][padded width / kElements]
+    Unit *k_joined, *q_joined, *grad_joined;  // [token / kElements][padded width]
+    float *dq, *dk, *dv;                      // [token][padded width]
+    float *lse, *delta;                       // [padded tokens]; lse to base 2
 };
 
-// Local copies of what a pair of blocks broadcasts.
+// What a pair of blocks broadcasts: copies of q and grad, and p and ds with kElements queries joined. p and ds arise in
+// fp32, a tile of kRows queries at a time: in their place where units are fp32, else in `tiles`.
+template <class Dot>
 struct Blocks {
-    alignas(64) float q[kQueries * kRowStride];
-    alignas(64) float grad[kQueries * kRowStride];
-    alignas(64) float weights[kQueries * kBlockStride];  // p
-    alignas(64) float scores[kQueries * kBlockStride];   // ds
+    using Unit = typename Dot::Unit;
+    static_assert(kRows % Dot::kElements == 0, "no pair of queries lies in two tiles");
+    alignas(64) Unit q[kQueries * kRowStride];
+    alignas(64) Unit grad[kQueries * kRowStride];
+    alignas(64) Unit weights[kQueries / Dot::kElements * kBlockStride];  // p
+    alignas(64) Unit scores[kQueries / Dot::kElements * kBlockStride];   // ds
+    alignas(64) float tiles[2][Dot::kElements == 1 ? 1 : kRows * kBlockStride];
 };
 
 // out[kRows][width] += a . b. a lies in a block of p or ds, whose columns are its rows when Turned.
-template <bool Turned>
-__attribute__((noinline)) void add_product(const float* a, const float* b, int64_t depth, int64_t stride, float* out) {
+template <class Dot, bool Turned>
+__attribute__((noinline)) void add_product(const typename Dot::Unit* a, const typename Dot::Unit* b, int64_t depth,
+                                           int64_t stride, float* out) {
     constexpr int64_t row = Turned ? 1 : kBlockStride, step = Turned ? kBlockStride : 1;
-    accumulate<Singles>(a, row, step, b, stride, depth, out, stride, [](int, Lanes sum) { return sum; });
+    accumulate<Dot>(a, row, step, b, stride, depth, out, stride, [](int, Lanes sum) { return sum; });
 }
 
 // Queries start .. start + kQueries - 1 with keys block .. block + kKeys - 1: adds to dq, or to dk and dv, or to all three.
-void pair(const AttentionBackward& g, const Interval* seen, const Head& head, int64_t start, int64_t block, bool want_q,
-          bool want_kv, Blocks& local) {
-    const int64_t width = g.width(), stride = g.padded_width();
+template <class Dot>
+void pair(const AttentionBackward& g, const Interval* seen, const Head<Dot>& head, int64_t start, int64_t block, bool want_q,
+          bool want_kv, Blocks<Dot>& local) {
+    using Unit = typename Dot::Unit;
+    constexpr int64_t each = Dot::kElements;
+    const int64_t depth = g.width() / each, stride = g.padded_width(), units = stride / each;
     const int64_t stop = smaller(start + kQueries, g.tokens()), tiles = ceil_div(stop - start, kRows);
     const int64_t first = larger(block, round_down(seen[start].begin, kStep));
     const int64_t last = smaller(block + kKeys, ceil_div(seen[stop - 1].end, kStep) * kStep);
     if (first >= last) return;
-    const float root = 1.0f / __builtin_sqrtf(static_cast<float>(width));
+    const float root = 1.0f / __builtin_sqrtf(static_cast<float>(g.width()));
     const Lanes scale = lanes_set(root), scale_log2 = lanes_set(root * kLog2e);
     for (int64_t i = 0; i < tiles * kRows; ++i) {
-        for (int64_t e = 0; e < stride; e += kLanes) {
-            lanes_store(local.q + i * kRowStride + e, lanes_load(head.q + (start + i) * stride + e));
-            lanes_store(local.grad + i * kRowStride + e, lanes_load(head.grad + (start + i) * stride + e));
-        }
+        memcpy(local.q + i * kRowStride, head.q + (start + i) * units, static_cast<size_t>(units) * sizeof(Unit));
+        memcpy(local.grad + i * kRowStride, head.grad + (start + i) * units, static_cast<size_t>(units) * sizeof(Unit));
     }
     for (int64_t t = 0; t < tiles * kRows; t += kRows) {
-        float* const weights = local.weights + t * kBlockStride;
-        float* const scores = local.scores + t * kBlockStride;
+        float *weights = local.tiles[0], *scores = local.tiles[1];
+        if constexpr (each == 1) {
+            weights = local.weights + t * kBlockStride;
+            scores = local.scores + t * kBlockStride;
+        }
         const float* const lse = head.lse + start + t;
         const float* const delta = head.delta + start + t;
         for (int64_t j = first; j < last; j += kPanel) {
-            const float* const keys = head.key_panels + j * width;
-            const float* const values = head.value_panels + j * width;
-            product<Singles>(local.q + t * kRowStride, keys, width, [&](int r, int column, Lanes sum) {
+            const Unit* const keys = head.key_panels + j * depth;
+            const Unit* const values = head.value_panels + j * depth;
+            product<Dot>(local.q + t * kRowStride, keys, depth, [&](int r, int column, Lanes sum) {
                 const Lanes weight = exp2_weight(lanes_fma(sum, scale_log2, lanes_set(-lse[r])));
                 lanes_store(weights + r * kBlockStride + j - first + column, weight);
             });
-            product<Singles>(local.grad + t * kRowStride, values, width, [&](int r, int column, Lanes sum) {
+            product<Dot>(local.grad + t * kRowStride, values, depth, [&](int r, int column, Lanes sum) {
                 const int64_t at = r * kBlockStride + j - first + column;
                 lanes_store(scores + at, (sum - lanes_set(delta[r])) * scale * lanes_load(weights + at));
             });
@@ -95,70 +111,91 @@ void pair(const AttentionBackward& g, const Interval* seen, const Head& head, in
                 for (int64_t j = end; j < last - first; ++j) clear(j);
             }
         }
+        if constexpr (each > 1) {
+            for (int64_t r = 0; r < kRows; ++r) {
+                const int64_t row = (t + r) / each * kBlockStride;
+                float* const score = scores + r * kBlockStride;
+                Dot::join_row(weights + r * kBlockStride, last - first, r, local.weights + row);
+                Dot::join_row(score, last - first, r, local.scores + row);
+                Dot::narrow_row(score, last - first, reinterpret_cast<Unit*>(score));  // behind what is still to be read
+            }
+        }
         if (want_q)
-            add_product<false>(scores, head.k + first * stride, last - first, stride, head.dq + (start + t) * stride);
+            add_product<Dot, false>(reinterpret_cast<const Unit*>(scores), head.k_joined + first / each * stride,
+                                    (last - first) / each, stride, head.dq + (start + t) * stride);
     }
     if (!want_kv) return;
+    const int64_t queries = ceil_div(stop - start, each), from = start / each * stride;
     for (int64_t j = first; j < last; j += kRows) {
-        add_product<true>(local.weights + j - first, head.grad + start * stride, stop - start, stride, head.dv + j * stride);
-        add_product<true>(local.scores + j - first, head.q + start * stride, stop - start, stride, head.dk + j * stride);
+        add_product<Dot, true>(local.weights + j - first, head.grad_joined + from, queries, stride, head.dv + j * stride);
+        add_product<Dot, true>(local.scores + j - first, head.q_joined + from, queries, stride, head.dk + j * stride);
     }
 }
 
-// a . b of kLanes rows. Summed in the order of the micro-kernel, so that a query which sees one key has a score gradient of
-// 0 to the last bit: out is v then, and delta the product of grad and v.
-VITOK_INLINE Lanes row_products(const float* a, const float* b, int64_t width) {
+// a . b of kLanes rows of `depth` units. Summed in the order of the micro-kernel, so that a query which sees one key has a
+// score gradient of 0 to the last bit: out is v then, and delta the product of grad and v.
+template <class Dot>
+VITOK_INLINE Lanes row_products(const typename Dot::Unit* a, const typename Dot::Unit* b, int64_t depth) {
     Lanes sum = lanes_set(0.0f);
-    for (int64_t e = 0; e < width; e += kLanes) {
+    for (int64_t e = 0; e < depth; e += kLanes) {
         Lanes x[kLanes], y[kLanes];
         for (int r = 0; r < kLanes; ++r) {
-            x[r] = lanes_load(a + r * kRowStride + e);
-            y[r] = lanes_load(b + r * kRowStride + e);
+            x[r] = lanes_load(reinterpret_cast<const float*>(a + r * kRowStride + e));
+            y[r] = lanes_load(reinterpret_cast<const float*>(b + r * kRowStride + e));
         }
         turn(x);
         turn(y);
 #pragma GCC unroll 16
         for (int j = 0; j < kLanes; ++j)
-            if (e + j < width) sum = lanes_fma(x[j], y[j], sum);
+            if (e + j < depth) sum = Dot::add(Dot::vector(x[j]), Dot::vector(y[j]), sum);
     }
     return sum;
 }
 
 // kTokenPadding tokens of a head, from `first` on: what the products read, and zeros where they add up.
-template <class T>
-void pack(const AttentionBackward& g, const Transform& transform_q, const Transform& transform_k, const Head& head,
+template <class Dot, class T>
+void pack(const AttentionBackward& g, const Transform& transform_q, const Transform& transform_k, const Head<Dot>& head,
           int64_t b, int64_t h, int64_t first) {
+    using Unit = typename Dot::Unit;
     const int64_t tokens = g.tokens(), width = g.width(), stride = g.padded_width();
+    const int64_t depth = width / Dot::kElements, units = stride / Dot::kElements;
     for (int64_t j = first; j < first + kTokenPadding; j += kPanel) {
-        pack_panel<Singles>(j, tokens, width, head.key_panels + j * width, head.k, [&](int64_t token, float* to) {
+        pack_panel<Dot>(j, tokens, width, head.key_panels + j * depth, head.k_joined, [&](int64_t token, float* to) {
             transform_k(head_row<T>(g, b, token, 1, h), token, to);
         });
-        pack_panel<Singles>(j, tokens, width, head.value_panels + j * width, nullptr, [&](int64_t token, float* to) {
+        pack_panel<Dot>(j, tokens, width, head.value_panels + j * depth, nullptr, [&](int64_t token, float* to) {
             widen_row(head_row<T>(g, b, token, 2, h), width, to);
         });
     }
-    alignas(64) float grads[kLanes * kRowStride], outs[kLanes * kRowStride];
+    alignas(64) float q[kRowStride], grad[kRowStride], out[kRowStride];
+    alignas(64) Unit grads[kLanes * kRowStride], outs[kLanes * kRowStride];
     for (int64_t i = first; i < first + kTokenPadding; ++i) {
-        float* const grad = grads + (i - first) % kLanes * kRowStride;
-        float* const out = outs + (i - first) % kLanes * kRowStride;
         zero_row(width, head.dq + i * stride);
         zero_row(width, head.dk + i * stride);
         zero_row(width, head.dv + i * stride);
         head.lse[i] = kHighest;  // of a row that sees no key: its weights are 0
         if (i < tokens) {
-            transform_q(head_row<T>(g, b, i, 0, h), i, head.q + i * stride);
+            transform_q(head_row<T>(g, b, i, 0, h), i, q);
             const T* const from = static_cast<const T*>(g.grad);
             widen_row(from + b * g.grad_strides[0] + i * g.grad_strides[1] + h * g.grad_strides[2], width, grad);
             widen_row(static_cast<const T*>(g.out) + ((b * tokens + i) * g.heads() + h) * width, width, out);
             const float lse = static_cast<const float*>(g.lse)[(b * g.heads() + h) * tokens + i];
             if (lse != -__builtin_inff()) head.lse[i] = lse * kLog2e;
         } else {
-            zero_row(width, head.q + i * stride);
+            zero_row(width, q);
             zero_row(width, grad);
             zero_row(width, out);
         }
-        narrow_row(grad, stride, head.grad + i * stride);
-        if ((i + 1) % kLanes == 0) lanes_store(head.delta + i + 1 - kLanes, row_products(grads, outs, width));
+        const int64_t place = (i - first) % kLanes * kRowStride, joined = i / Dot::kElements * stride;
+        Dot::narrow_row(q, stride, head.q + i * units);
+        Dot::narrow_row(grad, stride, head.grad + i * units);
+        if constexpr (Dot::kElements > 1) {
+            Dot::join_row(q, stride, i, head.q_joined + joined);
+            Dot::join_row(grad, stride, i, head.grad_joined + joined);
+        }
+        Dot::narrow_row(grad, stride, grads + place);
+        Dot::narrow_row(out, stride, outs + place);
+        if ((i + 1) % kLanes == 0) lanes_store(head.delta + i + 1 - kLanes, row_products<Dot>(grads, outs, depth));
     }
 }
 
@@ -189,8 +226,8 @@ void untransform(const Transform& transform, const T* from, int64_t token, float
 }
 
 // The tokens of one stretch: their gradients, and their part of the weights' gradients in `partial` [2][padded width].
-template <class T>
-void finish(const AttentionBackward& g, const Transform& transform_q, const Transform& transform_k, const Head& head,
+template <class Dot, class T>
+void finish(const AttentionBackward& g, const Transform& transform_q, const Transform& transform_k, const Head<Dot>& head,
             int64_t b, int64_t h, int64_t first, float* partial) {
     const int64_t width = g.width(), stride = g.padded_width(), between = g.heads() * width;
     if (partial) zero_row(stride, partial), zero_row(stride, partial + stride);
@@ -216,7 +253,7 @@ void sum_partials(const AttentionBackward& g, const float* partials, void* to) {
     });
 }
 
-template <class T>
+template <class Dot, class T>
 void backward(const AttentionBackward& g) {
     const Scratch scratch(g);
     const int64_t tokens = g.tokens(), heads = g.batch() * g.heads(), slots = smaller(g.slots, heads);
@@ -232,18 +269,23 @@ void backward(const AttentionBackward& g) {
     {
         const Team team = Team::current();
         const Transform transform_q(g, g.q_weight), transform_k(g, g.k_weight);
-        Blocks local;
+        Blocks<Dot> local;
         const auto head_of = [&](int64_t slot) {
-            const auto matrix = [&](int64_t i) { return scratch.matrix<float>(g, AttentionBackward::kMatrices * slot + i); };
-            return Head{matrix(0), matrix(1), matrix(2), matrix(3), matrix(4), matrix(5), matrix(6), matrix(7),
-                        statistics + 2 * slot * padding, statistics + (2 * slot + 1) * padding};
+            const int64_t first = AttentionBackward::kMatrices * slot;
+            const auto units = [&](int64_t i) { return scratch.matrix<typename Dot::Unit>(g, first + i); };
+            const auto sums = [&](int64_t i) { return scratch.matrix<float>(g, first + i); };
+            // q and grad in pairs leave half of a matrix, where they stand joined. Single numbers are joined as they are.
+            const int64_t rest = Dot::kElements == 1 ? 0 : padding * stride / Dot::kElements;
+            return Head<Dot>{units(0), units(1), units(2), units(3), units(4), units(2) + rest, units(3) + rest,
+                             sums(5), sums(6), sums(7),
+                             statistics + 2 * slot * padding, statistics + (2 * slot + 1) * padding};
         };
         for (int64_t wave = 0; wave < heads; wave += slots) {
             const int64_t count = smaller(slots, heads - wave);
             const Interval pieces = team.share(count * stretches);
             for (int64_t piece = pieces.begin; piece < pieces.end; ++piece) {
                 const int64_t head = wave + piece / stretches;
-                pack<T>(g, transform_q, transform_k, head_of(piece / stretches), head / g.heads(), head % g.heads(),
+                pack<Dot, T>(g, transform_q, transform_k, head_of(piece / stretches), head / g.heads(), head % g.heads(),
                         piece % stretches * kTokenPadding);
             }
             team.barrier();
@@ -271,7 +313,7 @@ void backward(const AttentionBackward& g) {
             for (int64_t piece = pieces.begin; piece < pieces.end; ++piece) {
                 const int64_t head = wave + piece / stretches, stretch = piece % stretches;
                 float* const partial = partials ? partials + (head * stretches + stretch) * 2 * stride : nullptr;
-                finish<T>(g, transform_q, transform_k, head_of(piece / stretches), head / g.heads(), head % g.heads(),
+                finish<Dot, T>(g, transform_q, transform_k, head_of(piece / stretches), head / g.heads(), head % g.heads(),
                           stretch * kTokenPadding, partial);
             }
             team.barrier();
@@ -287,9 +329,13 @@ void backward(const AttentionBackward& g) {
 
 void attention_backward(const AttentionBackward& g) {
     switch (g.dtype) {
-        case DType::float16: return backward<f16>(g);
-        case DType::bfloat16: return backward<bf16>(g);
-        case DType::float32: return backward<float>(g);
+        case DType::float16: return backward<Singles, f16>(g);
+        case DType::float32: return backward<Singles, float>(g);
+#if defined(VITOK_BF16_DOT)
+        case DType::bfloat16: return backward<Pairs, bf16>(g);
+#else
+        case DType::bfloat16: return backward<Singles, bf16>(g);
+#endif
         case DType::float64: return attention_backward_float64(g);
         case DType::uint8: return;
     }

@@ -35,29 +35,15 @@ struct Rows {
 // v of one panel's keys, zeros past the end.
 template <class Dot, class T>
 void pack_values(const AttentionForward& g, int64_t b, int64_t h, int64_t first, typename Dot::Unit* to) {
+    alignas(64) float wide[kRowStride];
     const int64_t stride = g.padded_width();
-    const auto row = [&](int64_t token, float* out) {
+    for (int64_t token = first; token < first + kPanel; ++token) {
         if (token < g.tokens()) {
-            widen_row(head_row<T>(g, b, token, 2, h), g.width(), out);
+            widen_row(head_row<T>(g, b, token, 2, h), g.width(), wide);
         } else {
-            zero_row(g.width(), out);
+            zero_row(g.width(), wide);
         }
-    };
-    for (int64_t token = first; token < first + kPanel; token += Dot::kElements) {
-        if constexpr (Dot::kElements == 1) {
-            row(token, to + token * stride);
-        } else {
-#if defined(VITOK_BF16_DOT)
-            alignas(64) float even[kRowStride], odd[kRowStride];
-            row(token, even);
-            row(token + 1, odd);
-            for (int64_t i = 0; i < stride; i += kLanes) {
-                const IntLanes low = lanes_bits(lanes_load(even + i)), high = lanes_bits(lanes_load(odd + i));
-                const IntLanes pairs = (low >> 16 & 0xffff) | (high & static_cast<int32_t>(0xffff0000u));
-                memcpy(to + token / 2 * stride + i, &pairs, sizeof pairs);
-            }
-#endif
-        }
+        Dot::join_row(wide, stride, token, to + token / Dot::kElements * stride);
     }
 }
 

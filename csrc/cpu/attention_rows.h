@@ -151,10 +151,10 @@ struct Transform {
 };
 
 // kPanel rows from `first` on, each made by row(token, fp32 buffer) and zero from `tokens` on, as one transposed panel
-// [depth][kPanel]; and row by row to `plain`, padded(width) apart, unless it is null.
+// [depth][kPanel]; and joined, as [token / kElements][padded width], unless `joined` is null.
 template <class Dot, class Row>
-VITOK_INLINE void pack_panel(int64_t first, int64_t tokens, int64_t width, typename Dot::Unit* panel, float* plain,
-                             Row&& row) {
+VITOK_INLINE void pack_panel(int64_t first, int64_t tokens, int64_t width, typename Dot::Unit* panel,
+                             typename Dot::Unit* joined, Row&& row) {
     using Unit = typename Dot::Unit;
     alignas(64) float wide[kRowStride];
     alignas(64) Unit rows[kLanes * kRowStride];
@@ -168,7 +168,7 @@ VITOK_INLINE void pack_panel(int64_t first, int64_t tokens, int64_t width, typen
                 zero_row(width, wide);
             }
             Dot::narrow_row(wide, stride, rows + i * kRowStride);
-            if (plain) Singles::narrow_row(wide, stride, plain + token * stride);
+            if (joined) Dot::join_row(wide, stride, token, joined + token / Dot::kElements * stride);
         }
         transpose_rows(rows, depth, panel + group);
     }

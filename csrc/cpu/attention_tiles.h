@@ -24,16 +24,20 @@ static_assert(kTokenPadding % kPanel == 0 && kHeadPadding % kLanes == 0, "padded
 constexpr int64_t kRowStride = kMaxHead + 16;
 
 // Units of 4 bytes are what the micro-kernel broadcasts and what a lane holds: an fp32 number, or a pair of bf16.
+// narrow_row makes units of neighbouring numbers of a row; join_row makes them of the same places of kElements rows, which
+// come one after another: `index` is the row's number.
 struct Singles {
     using Unit = float;
     using Vector = Lanes;
     static constexpr int kElements = 1;
     VITOK_INLINE Vector load(const Unit* from) { return lanes_load(from); }
     VITOK_INLINE Vector broadcast(const Unit* from) { return lanes_set(*from); }
+    VITOK_INLINE Vector vector(Lanes units) { return units; }
     VITOK_INLINE Lanes add(Vector a, Vector b, Lanes sum) { return lanes_fma(a, b, sum); }
     VITOK_INLINE void narrow_row(const float* from, int64_t n, Unit* to) {
         for (int64_t i = 0; i < n; i += kLanes) lanes_store(to + i, lanes_load(from + i));
     }
+    VITOK_INLINE void join_row(const float* from, int64_t n, int64_t, Unit* to) { narrow_row(from, n, to); }
 };
 
 #if defined(VITOK_BF16_DOT)
@@ -43,10 +47,23 @@ struct Pairs {
     static constexpr int kElements = 2;
     VITOK_INLINE Vector load(const Unit* from) { return _mm512_loadu_si512(from); }
     VITOK_INLINE Vector broadcast(const Unit* from) { return _mm512_set1_epi32(static_cast<int>(*from)); }
+    VITOK_INLINE Vector vector(Lanes units) { return _mm512_castps_si512(units); }
     VITOK_INLINE Lanes add(Vector a, Vector b, Lanes sum) { return bf16_dot(sum, a, b); }
     VITOK_INLINE void narrow_row(const float* from, int64_t n, Unit* to) {
         for (int64_t i = 0; i < n; i += kLanes)
             lanes_store(reinterpret_cast<bf16*>(to + i / 2), lanes_load(from + i));
+    }
+    VITOK_INLINE void join_row(const float* from, int64_t n, int64_t index, Unit* to) {
+        for (int64_t i = 0; i < n; i += kLanes) {
+            UnsignedLanes units = lanes_round_bf16(lanes_load(from + i)), others;
+            if (index % 2 == 0) {
+                units >>= 16;
+            } else {
+                memcpy(&others, to + i, sizeof others);
+                units = (units & 0xffff0000u) | others;
+            }
+            memcpy(to + i, &units, sizeof units);
+        }
     }
 };
 #endif
