@@ -29,15 +29,6 @@ __device__ __forceinline__ void store(void* base, int64_t offset, const float (&
     *reinterpret_cast<Vector<T, V>*>(static_cast<T*>(base) + offset) = out;
 }
 
-// x times elements of a parameter; an absent one leaves it.
-template <int V, class W>
-__device__ __forceinline__ void multiply_by(const void* parameter, int64_t offset, float (&x)[V]) {
-    if (!parameter) return;
-    const auto factor = load<V, W>(parameter, offset);
-#pragma unroll
-    for (int v = 0; v < V; ++v) x[v] *= widen(factor.element[v]);
-}
-
 // The sum over the kGroup threads that share a row, the same bits in each of them.
 template <int kGroup>
 __device__ __forceinline__ float row_sum(float value) {
@@ -74,7 +65,11 @@ __global__ void __launch_bounds__(kThreads) norm_forward_kernel(const NormForwar
             for (int v = 0; v < V; ++v) value[k][v] = widen(x.element[v]);
             if (n.residual) {
                 const auto residual = load<V, T>(n.residual, row * n.residual_stride + e);
-                multiply_by<V, W>(n.scale, e, value[k]);
+                if (n.scale) {
+                    const auto scale = load<V, W>(n.scale, e);
+#pragma unroll
+                    for (int v = 0; v < V; ++v) value[k][v] *= widen(scale.element[v]);
+                }
                 Vector<T, V> s;
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
@@ -115,7 +110,11 @@ __global__ void __launch_bounds__(kThreads) norm_forward_kernel(const NormForwar
         if (e < width) {
 #pragma unroll
             for (int v = 0; v < V; ++v) value[k][v] = norm_hat(value[k][v], mean, rstd);
-            multiply_by<V, W>(n.weight, e, value[k]);
+            if (n.weight) {
+                const auto weight = load<V, W>(n.weight, e);
+#pragma unroll
+                for (int v = 0; v < V; ++v) value[k][v] *= widen(weight.element[v]);
+            }
             if (n.bias) {
                 const auto bias = load<V, W>(n.bias, e);
 #pragma unroll
@@ -215,7 +214,11 @@ __global__ void __launch_bounds__(kThreads) norm_backward_kernel(const NormBackw
                 float gradient[V];
 #pragma unroll
                 for (int v = 0; v < V; ++v) gradient[v] = widen(grad_y[k].element[v]);
-                multiply_by<V, W>(n.weight, e, gradient);
+                if (n.weight) {
+                    const auto weight = load<V, W>(n.weight, e);
+#pragma unroll
+                    for (int v = 0; v < V; ++v) gradient[v] *= widen(weight.element[v]);
+                }
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
                     const float hat = norm_hat(widen(s[k].element[v]), mean, rstd);
