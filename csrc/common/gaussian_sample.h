@@ -45,6 +45,13 @@ VITOK_INLINE float variance_excess(float v, float variance) {
 }
 VITOK_INLINE double variance_excess(double v, double) { return VITOK_MATH(expm1)(v) - v; }
 
+// Whether the strides (b, l, channel) of a tensor [B, L, c or 2c] are not negative and lead to 64-bit addresses only.
+static inline bool sample_strides_fit(const int64_t (&sizes)[3], const int64_t (&strides)[3]) {
+    for (int d = 0; d < 3; ++d)
+        if (strides[d] < 0 || (sizes[d] > 0 && strides[d] > INT64_MAX / 64 / sizes[d])) return false;
+    return true;
+}
+
 // What both directions are given.
 struct GaussianMoments {
     const void* data;  // [B, L, 2c]: mean in the first c channels, logvar in the others
@@ -64,8 +71,8 @@ struct GaussianMoments {
         if (sizes[0] < 0 || sizes[1] < 1 || sizes[2] < 1) return "sizes must be (B >= 0, L >= 1, c >= 1)";
         if (sizes[1] > INT64_MAX / 64 / sizes[2] || sizes[0] > INT64_MAX / 64 / (sizes[1] * sizes[2]))
             return "B * L * c is too large";
-        for (const int64_t stride : strides)
-            if (stride < 0) return "strides must not be negative";
+        if (!sample_strides_fit(sizes, strides)) return "strides must not be negative nor lead beyond 64-bit addresses";
+        if (const char* wrong = keys.problem(sizes[0])) return wrong;
         if (sizes[0] && !data) return "moments must not be null";
         return nullptr;
     }
@@ -109,9 +116,10 @@ struct GaussianSampleBackward {
     }
     const char* problem() const {
         if (const char* wrong = moments.problem()) return wrong;
-        for (const int64_t stride : dz_strides)
-            if (stride < 0) return "dz_strides must not be negative";
-        if (dkl_stride < 0) return "dkl_stride must not be negative";
+        if (!sample_strides_fit(moments.sizes, dz_strides))
+            return "dz_strides must not be negative nor lead beyond 64-bit addresses";
+        if (!sample_strides_fit({moments.sizes[0], 1, 1}, {dkl_stride, 0, 0}))
+            return "dkl_stride must not be negative nor lead beyond 64-bit addresses";
         if (!empty() && !dmoments) return "dmoments must not be null";
         return nullptr;
     }

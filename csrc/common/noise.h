@@ -150,6 +150,13 @@ struct NoiseKeys {
     void fields(Visit&& visit) {
         visit("seed", seed), visit("seed_at", seed_at), visit("sample_ids", sample_ids), visit("stride_id", stride_id);
     }
+
+    // What is wrong with the keys of so many samples, as far as they tell without the memory itself, or nullptr.
+    const char* problem(int64_t samples) const {
+        if (stride_id < 0) return "stride_id must not be negative";
+        if (samples > 0 && stride_id > INT64_MAX / 8 / samples) return "stride_id leads beyond 64-bit addresses";
+        return nullptr;
+    }
 };
 
 // out[b, e] = noise of element e of sample b, float32, contiguous.
@@ -167,6 +174,7 @@ struct NormalNoise {
     const char* problem() const {
         if (samples < 0 || elements < 0) return "samples and elements must not be negative";
         if (elements && samples > INT64_MAX / 4 / elements) return "samples * elements is too large";
+        if (const char* wrong = keys.problem(samples)) return wrong;
         if (!empty() && !out) return "out must not be null";
         return nullptr;
     }

@@ -92,7 +92,8 @@ struct PixelLossBackward : PixelPair {
     }
     const char* problem() const {
         if (const char* wrong = PixelPair::problem()) return wrong;
-        if (grad_stride < 0) return "grad_stride must not be negative";
+        if (grad_stride < 0 || double(sizes[0]) * grad_stride > 0x1p60)
+            return "grad_stride must not be negative nor reach beyond 2^60 elements";
         return empty() || (grad && grad_prediction) ? nullptr : "grad and grad_prediction must not be null";
     }
 };
