@@ -331,11 +331,7 @@ void attention_backward(const AttentionBackward& g) {
     switch (g.dtype) {
         case DType::float16: return backward<Singles, f16>(g);
         case DType::float32: return backward<Singles, float>(g);
-#if defined(VITOK_BF16_DOT)
-        case DType::bfloat16: return backward<Pairs, bf16>(g);
-#else
-        case DType::bfloat16: return backward<Singles, bf16>(g);
-#endif
+        case DType::bfloat16: return backward<Bfloat16, bf16>(g);
         case DType::float64: return attention_backward_float64(g);
         case DType::uint8: return;
     }

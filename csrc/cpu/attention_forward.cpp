@@ -237,11 +237,7 @@ void attention_forward(const AttentionForward& g) {
     switch (g.dtype) {
         case DType::float16: return forward<Singles, f16>(g);
         case DType::float32: return forward<Singles, float>(g);
-#if defined(VITOK_BF16_DOT)
-        case DType::bfloat16: return forward<Pairs, bf16>(g);
-#else
-        case DType::bfloat16: return forward<Singles, bf16>(g);
-#endif
+        case DType::bfloat16: return forward<Bfloat16, bf16>(g);
         case DType::float64: return attention_forward_float64(g);
         case DType::uint8: return;
     }

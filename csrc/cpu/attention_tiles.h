@@ -66,6 +66,9 @@ struct Pairs {
         }
     }
 };
+using Bfloat16 = Pairs;  // how bf16 tensors are multiplied
+#else
+using Bfloat16 = Singles;
 #endif
 
 // sum[r][w] += sum_k a[r * row + k * step] * b[k * b_step + lanes of vector w]
