@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from vitok import _native
-from vitok.io.files import atomic_path
+from vitok.bench import Rows
 
 COLUMNS = (
     "case", "op", "shape", "dtype", "input_dtype", "direction", "provider", "ms_p20", "ms_p50", "ms_p80", "samples",
@@ -54,31 +54,30 @@ def _triton_version() -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="write one CSV row a provider to ops-<device>.csv in this folder")
+    parser.addoption("--resume", action="store_true", help="measure only what that file lacks, if its facts are ours")
 
 
 @pytest.fixture(scope="session")
-def record_row(request: pytest.FixtureRequest):
-    """`record_row(case=..., provider=..., ms_p50=...)`: a row of the CSV, on the terminal at once."""
-    rows: list[dict[str, object]] = []
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    terminal.write_line("")
-
-    def record(**row: object) -> None:
-        rows.append(row)
-        said = row.get("refused") or f"{row['ms_p50']:9.3f} ms  {row['ratio_to_eager']:6.2f}x"
-        what = f"{row['case']:<28}{row['dtype']:<10}{row['direction']:<10}{row['provider']:<28}"
-        terminal.write_line(f"{what} {said}")
-
-    yield record
+def rows(request: pytest.FixtureRequest) -> Rows:
+    """The rows of this run, in the file of `--results` as soon as they are there."""
     folder = request.config.getoption("--results")
-    if folder and rows:
-        device = "cuda" if torch.cuda.is_available() else f"cpu-{facts()['cpu_isa']}"
-        with atomic_path(folder / f"ops-{device}.csv") as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            for row in rows:
-                numbers = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-                writer.writerow(numbers | facts())
+    device = "cuda" if torch.cuda.is_available() else f"cpu-{facts()['cpu_isa']}"
+    path = folder / f"ops-{device}.csv" if folder else None
+    return Rows(path, COLUMNS, facts(), resume=request.config.getoption("--resume"))
+
+
+@pytest.fixture
+def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """`say(text)`: a line on the terminal at once."""
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+
+    def line(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            terminal.ensure_newline()
+            terminal.write_line(text)
+
+    return line
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -2,8 +2,9 @@
 
     pytest benchmarks/ops --results benchmarks/results
 
-A provider whose numbers differ from those of the eager composition in float32 prints no time. pytest-benchmark keeps
-the time of `auto`'s choice, for comparing one's own runs; the ratios come from the interleaved rows.
+A provider whose numbers differ from those of the eager composition in float32 prints no time, and one that fails prints
+why. Rows are in the file as soon as they are measured; with `--resume` only those are measured that the file lacks.
+pytest-benchmark keeps the time of one provider, for comparing one's own runs; the ratios are of the interleaved rows.
 """
 
 from __future__ import annotations
@@ -13,15 +14,21 @@ from functools import partial
 
 import pytest
 import torch
+import torch._functorch.config
 from torch import Tensor
 
-from vitok.bench import compare, copy_rate, matmul_rate
+from vitok.bench import Rows, compare, copy_rate, matmul_rate, timing_stream, usable
 from vitok.bench.ops import Case, cases
-from vitok.ops import ImplementationError
+from vitok.bench.rows import LOST
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIRECTIONS = ("forward", "backward")
 L2_BYTES = 64 * 2**20
+SECONDS = 0.1 if DEVICE.type == "cuda" else 0.3  # a provider; what is captured takes well under a millisecond
+RESTART = 75  # exit code: the rows so far are in the file, and the rest needs a process of its own (with --resume)
+
+# Our backward calls keep the graph, which compiled backwards refuse when they may overwrite what the forward saved.
+torch._functorch.config.donated_buffer = False
 
 
 @pytest.fixture(scope="session")
@@ -73,48 +80,101 @@ def agrees(actual: object, expected: object, tolerance: float) -> bool:
     return True
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name.replace(" ", "_"))
-def test_op(case, dtype, direction, rates, record_row, benchmark):
-    if dtype not in case.dtypes:
-        pytest.skip(f"{case.name}: it does not compute in {dtype}")
-    if direction == "backward" and not case.backward:
-        pytest.skip(f"{case.name}: it has no gradient of its own")
+def reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def measure(
+    case: Case, dtype: torch.dtype, direction: str, rates: Callable[[torch.dtype], tuple[float, float]], rows: Rows
+) -> tuple[dict[str, Callable[[], object]], bool]:
+    """Add a row for every provider of a case.
+
+    Returns: a call of each that was timed, and whether this process can go on. If not, the one row that was added is of
+    the provider after which it cannot.
+    """
+    key = {"case": case.name, "dtype": str(dtype).removeprefix("torch."), "direction": direction}
+    refused: dict[str, str] = rows.lost(key)
     inputs = make_inputs(case, dtype)
+    what = {**key, "op": case.op, "shape": case.shape, "input_dtype": str(inputs[0][0].dtype).removeprefix("torch.")}
     make = forward_call if direction == "forward" else backward_call
     # Judged by the eager composition in float32: in bfloat16 torch's own weight gradients are off by several percent.
     wide = tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs[0])
     expected = make(case.providers[case.eager], wide)()
-    calls, refused = {}, {}
+    calls: dict[str, list[Callable[[], object]]] = {}
+
+    def broken(name: str, error: Exception) -> bool:
+        """Note why a provider has no time; whether it also made the process useless."""
+        calls.pop(name, None)
+        refused[name] = reason(error)
+        if usable(DEVICE):
+            return False
+        refused[name] = LOST + refused[name]
+        rows.replace(
+            key, [{**what, "provider": n, "refused": why} for n, why in refused.items() if why.startswith(LOST)]
+        )
+        return True
+
     for name, provider in case.providers.items():
+        if name in refused:
+            continue
         try:
             result = make(provider, inputs[0])()
-        except (ImplementationError, RuntimeError) as error:
-            refused[name] = str(error).splitlines()[0]
-            continue
-        if name not in (case.eager, *case.different) and not agrees(result, expected, case.tolerance):
-            refused[name] = "its numbers are not those of the eager composition"
-            continue
-        calls[name] = [make(provider, one) for one in inputs]
-    timings = compare(calls, DEVICE, seconds=float(len(calls)) * 0.3)
+            if name not in (case.eager, *case.different) and not agrees(result, expected, case.tolerance):
+                refused[name] = "its numbers are not those of the eager composition"
+                continue
+            calls[name] = [make(provider, one) for one in inputs]
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()  # what its kernels did wrong shows here, and not in the next provider
+        except Exception as error:
+            if broken(name, error):
+                return {}, False
+    timings, failed = compare(calls, DEVICE, seconds=len(calls) * SECONDS)
+    for name, error in failed.items():
+        if broken(name, error):
+            return {}, False
+    if case.eager not in timings:
+        refused = {name: "there is no time of the eager composition" for name in timings} | refused
+        timings, calls = {}, {}
     copy, matmul = rates(dtype)
-    what = {"case": case.name, "op": case.op, "shape": case.shape, "direction": direction}
-    what |= {"dtype": str(dtype).removeprefix("torch."), "input_dtype": str(inputs[0][0].dtype).removeprefix("torch.")}
     least = case.bytes if direction == "forward" else case.backward_bytes
     size, flops = least(dtype.itemsize), case.flops if direction == "forward" else case.backward_flops
+    added: list[dict[str, object]] = []
     for name, timing in timings.items():
-        row = {"ms_p20": timing.p20, "ms_p50": timing.p50, "ms_p80": timing.p80, "samples": timing.samples}
-        row |= {"host_us": timing.host_us, "ratio_to_eager": timings[case.eager].p50 / timing.p50}
+        row: dict[str, object] = {"ms_p20": timing.p20, "ms_p50": timing.p50, "ms_p80": timing.p80}
+        row |= {"samples": timing.samples, "host_us": timing.host_us}
+        row |= {"ratio_to_eager": timings[case.eager].p50 / timing.p50}
         if size:
             rate = size / (timing.p50 / 1e3)
             row |= {"gb_per_s": rate / 1e9, "percent_of_copy": 100 * rate / copy}
         if flops:
             rate = flops / (timing.p50 / 1e3)
             row |= {"gflop_per_s": rate / 1e9, "percent_of_matmul": 100 * rate / matmul}
-        record_row(**what, provider=name, **row)
-    for name, reason in refused.items():
-        record_row(**what, provider=name, refused=reason)
+        added.append({**what, "provider": name, **row})
+    added += [{**what, "provider": name, "refused": why} for name, why in refused.items()]
+    rows.replace(key, added)
+    return {name: made[0] for name, made in calls.items()}, True
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name.replace(" ", "_"))
+def test_op(case, dtype, direction, rates, rows, say, benchmark):
+    if dtype not in case.dtypes:
+        pytest.skip(f"{case.name}: it does not compute in {dtype}")
+    if direction == "backward" and not case.backward:
+        pytest.skip(f"{case.name}: it has no gradient of its own")
+    key = {"case": case.name, "dtype": str(dtype).removeprefix("torch."), "direction": direction}
+    if rows.complete(key, list(case.providers)):
+        pytest.skip(f"{case.name}: its rows are there")
+    with timing_stream(DEVICE):
+        calls, able = measure(case, dtype, direction, rates, rows)
+    for row in rows.of(key):
+        said = row["refused"] or f"{float(row['ms_p50']):9.3f} ms  {float(row['ratio_to_eager']):6.2f}x"
+        say(f"{case.name:<28}{row['dtype']:<10}{direction:<10}{row['provider']:<28} {said}")
+    if not able:
+        pytest.exit(f"{case.name}: nothing more can be measured in this process", returncode=RESTART)
+    if not calls:
+        pytest.fail("no provider could be timed")
     benchmark.group = f"{case.name} {direction} {dtype}"
     benchmark.extra_info["provider"] = next(name for name in calls if name != case.eager or len(calls) == 1)
-    benchmark.pedantic(calls[benchmark.extra_info["provider"]][0], rounds=5, warmup_rounds=1)
+    benchmark.pedantic(calls[benchmark.extra_info["provider"]], rounds=5, warmup_rounds=1)

@@ -2,14 +2,17 @@
 
 On the CPU a sample is a few calls, at least a millisecond. On a GPU it is the replay of a CUDA graph of one call on
 each of several sets of inputs, together larger than the cache; the host's microseconds a call are measured beside it.
+Gradients are captured only on the stream on which their forward ran, so both belong inside `timing_stream`.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -31,51 +34,108 @@ class Timing:
     host_us: float | None = None
 
 
+@contextmanager
+def timing_stream(device: torch.device) -> Iterator[None]:
+    """Make the one stream of a GPU on which calls are warmed up and captured the current one; nothing on the CPU.
+
+    What a call keeps from before, such as the graph of autograd, has to be made inside too: its nodes go back to the
+    stream on which they were made, and a capture of another stream ends there.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    side = _side_stream()
+    outer = torch.cuda.current_stream()
+    side.wait_stream(outer)
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:
+        outer.wait_stream(side)
+
+
 def compare(
     providers: Mapping[str, Sequence[Callable[[], object]]], device: torch.device, seconds: float = 2.0
-) -> dict[str, Timing]:
+) -> tuple[dict[str, Timing], dict[str, Exception]]:
     """Time providers against each other.
 
     Args:
-        providers: for each name one call, or one for each set of inputs (only the first is used on the CPU).
+        providers: for each name one call, or one for each set of inputs (only the first is used on the CPU). On a GPU
+            they have been made inside `timing_stream`.
         device: where they compute.
         seconds: to spend on measuring all of them; every provider gets at least five samples, or two when five would
             take ten times as long.
 
-    Returns: a `Timing` for each name, in the order given.
+    Returns: a `Timing` for each name, in the order given, and what was raised by those that have none.
     """
-    host: dict[str, float | None] = dict.fromkeys(providers)
-    if device.type == "cuda":
-        samplers = {name: _graph_sampler(calls) for name, calls in providers.items()}
-        host |= {name: _host_microseconds(calls[0]) for name, calls in providers.items()}
-    else:
-        samplers = {name: _cpu_sampler(calls[0]) for name, calls in providers.items()}
-    taken: dict[str, list[float]] = {name: [] for name in providers}
-    names = list(providers)
-    start = time.perf_counter()
-    while min(map(len, taken.values())) < 5 or time.perf_counter() - start < seconds:
-        if time.perf_counter() - start > 10 * seconds and min(map(len, taken.values())) >= 2:
-            break
-        for name in names:
-            taken[name].append(samplers[name]())
-        names.append(names.pop(0))
-    return {name: _timing(samples, host[name]) for name, samples in taken.items()}
+    samplers: dict[str, Callable[[], float]] = {}
+    host: dict[str, float | None] = {}
+    failed: dict[str, Exception] = {}
+    with timing_stream(device):
+        for name, calls in providers.items():
+            try:
+                samplers[name] = _graph_sampler(calls) if device.type == "cuda" else _cpu_sampler(calls[0])
+                host[name] = _host_microseconds(calls[0]) if device.type == "cuda" else None
+            except Exception as error:
+                failed[name] = error
+        names = [name for name in samplers if name not in failed]
+        taken: dict[str, list[float]] = {name: [] for name in names}
+        start = time.perf_counter()
+        while names and not _enough(min(len(taken[name]) for name in names), time.perf_counter() - start, seconds):
+            for name in tuple(names):
+                try:
+                    taken[name].append(samplers[name]())
+                except Exception as error:
+                    failed[name] = error
+                    names.remove(name)
+            names = names[1:] + names[:1]
+    return {name: _timing(taken[name], host[name]) for name in taken if name not in failed}, failed
+
+
+def usable(device: torch.device) -> bool:
+    """Whether this process can go on measuring on the device. After an access outside a tensor no kernel runs any more,
+    and a capture that was broken off can leave torch's random numbers or memory as if it were still going on."""
+    if device.type != "cuda":
+        return True
+    try:
+        with timing_stream(device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=_side_stream()):
+                drawn = torch.rand(1, device=device)
+            graph.replay()
+            return bool(torch.isfinite(drawn + torch.rand(1, device=device)))
+    except RuntimeError:
+        return False
 
 
 def copy_rate(device: torch.device, size: int = 2**28) -> float:
     """Bytes a second that a large copy reads and writes, 2 * size each time."""
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    timing = compare({"copy": [lambda: target.copy_(source)]}, device, seconds=0.5)["copy"]
-    return 2 * size / (timing.p50 / 1e3)
+    return 2 * size / _seconds(lambda: target.copy_(source), device)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """Operations a second of a square matrix product in the fastest way there is, two for each multiply-accumulate."""
     n = size or (8192 if device.type == "cuda" else 1536)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    timing = compare({"matmul": [lambda: linear(a, b)]}, device, seconds=0.5)["matmul"]
-    return 2 * n**3 / (timing.p50 / 1e3)
+    return 2 * n**3 / _seconds(lambda: linear(a, b), device)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    timings, failed = compare({"": [call]}, device, seconds=0.5)
+    for error in failed.values():
+        raise error
+    return timings[""].p50 / 1e3
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def _enough(samples: int, elapsed: float, seconds: float) -> bool:
+    return (samples >= 5 and elapsed >= seconds) or (samples >= 2 and elapsed > 10 * seconds)
 
 
 def _timing(seconds: list[float], host_us: float | None) -> Timing:
@@ -100,17 +160,22 @@ def _cpu_sampler(call: Callable[[], object]) -> Callable[[], float]:
 
 
 def _graph_sampler(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            for call in calls:
-                call()
-    torch.cuda.current_stream().wait_stream(side)
+    """Inside `timing_stream`."""
+    for _ in range(WARM_UP):
+        for call in calls:
+            call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
+    first: list[Exception] = []
+    try:
+        with torch.cuda.graph(graph, stream=_side_stream()):
+            try:
+                kept = [call() for call in calls]
+            except Exception as error:
+                first.append(error)
+                raise
+    except Exception as error:  # ending a capture that failed raises once more, and says less
+        raise (first or [error])[0] from None
     for _ in range(WARM_UP):
         graph.replay()
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
