@@ -1,132 +1,180 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in under 9 minutes: build for this GPU, test, sanitize, benchmark.
 #
-#   benchmarks/gpu.sh [FOLDER]        FOLDER, by default benchmarks/results/gpu, gets at most 8 files:
-#       stages.txt        stage, result and seconds; a stage that is "done" there is not run again
-#       log.txt           what every stage printed
-#       machine.json      GPU, driver, torch, triton, and how the native library was built
-#       tests.xml         tests/gpu; sanitizer.xml: compute-sanitizer over small cases
-#       ops-cuda.csv, ops.json: timings of benchmarks/ops, of every provider and of what pytest-benchmark keeps
+#   benchmarks/gpu.sh [--dry-run] [FOLDER]
 #
-# No network: it builds with the compilers and Python packages that are there, installs into build/gpu only, and says what is
-# missing. Run it again after an interruption and it goes on with the stage that was interrupted. Exits with 0 when all stages are done.
-# PYTHON chooses the interpreter, BUDGET the seconds in all, STAGES some of "build tests sanitizer bench", BENCH the benchmarks' command.
+# FOLDER, by default benchmarks/results/gpu, gets at most 6 files:
+#   stages.txt                result and seconds of each stage, and a sum over the sources it was run on
+#   log.txt                   what every stage printed, one test a line
+#   machine.json              GPU, driver, torch, triton, and how the native library was built, or why there is none
+#   tests.xml, sanitizer.xml  tests/gpu; compute-sanitizer's three tools side by side over small cases
+#   ops-cuda.csv              benchmarks/ops, a row a provider, on disk as soon as it is measured
+#
+# No network: it builds with the compilers and Python packages that are there, into build/gpu only. The build is for the GPU that
+# is there and fails without its CUDA kernels; the other stages then run with Python and Triton alone, and the exit code is 1.
+# Rows name the commit by git or, in a tree without it, by the file COMMIT in its root.
+# A stage may take what is left of the time but for what the stages after it need; the benchmarks get all that is left. A stage
+# that is out of time is interrupted, so that its report is written, and killed 10 s later.
+# Run it again after an interruption: a stage that is done on the same sources is not run again, and benchmarks go on with the rows
+# that are missing. Exits with 0 when all stages are done, with 2 when it cannot start.
+# PYTHON chooses the interpreter, BUDGET the seconds in all, STAGES some of "build tests sanitizer bench". --dry-run goes through all
+# stages and prints their commands instead of running them; it needs no GPU and leaves no files.
 set -uo pipefail
 
+dry=""
+[ "${1:-}" != --dry-run ] || { dry=yes; shift; }
 root=$(cd "$(dirname "$0")/.." && pwd)
-mkdir -p "${1:-$root/benchmarks/results/gpu}"
-out=$(cd "${1:-$root/benchmarks/results/gpu}" && pwd)
 python=$(command -v "${PYTHON:-python3}") || { echo "gpu.sh: ${PYTHON:-python3} was not found" >&2; exit 2; }
-work=$root/build/gpu
-site=$work/site
 deadline=$(($(date +%s) + ${BUDGET:-520}))
-mkdir -p "$work"
+out=${1:-$root/benchmarks/results/gpu}
+work=$root/build/gpu
+[ -z "$dry" ] || { work=$(mktemp -d) && out=$work/out; }
+mkdir -p "$out" "$work" && out=$(cd "$out" && pwd) || exit 2
+site=$work/site
 touch "$out/stages.txt"
 exec > >(tee -a "$out/log.txt") 2>&1
+log=$!
+trap 'exec >&- 2>&-; wait $log; [ -z "$dry" ] || rm -rf "$work"' EXIT
 
-export PYTHONPATH=$site PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 VITOK_RESULTS=$out
+export PYTHONPATH=$site PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$work/triton} CUBLAS_WORKSPACE_CONFIG=:4096:8
-unset TRITON_INTERPRET
+export PATH=$PATH:/usr/local/cuda/bin  # nvcc and compute-sanitizer, where they are not on it
+unset TRITON_INTERPRET VITOK_IMPL VITOK_NATIVE
 cd "$work"  # not the root, whose folders would stand in for the installed package
 
 # pytest as it is configured in the repository, in parallel where pytest-xdist is there: Triton's compilations take the time.
 has() { "$python" -c "import $1" 2> /dev/null; }
 parallel=""
-has xdist && parallel="-n $(n=$(nproc); echo $((n < 8 ? n : 8)))"
-pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q -rs)
+has xdist && parallel="-n $(n=$(env -u OMP_NUM_THREADS nproc); echo $((n < 12 ? n : 12)))"
+pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -v -rs)
 
+# What is planned, in the dry run; else what is done.
+act() {
+    [ -n "$dry" ] || { "$@"; return; }
+    printf '   '; printf ' %q' "$@"; echo
+}
+
+# sources_of NAME: a sum over what the stage NAME depends on. Whether there is a native library counts from the tests on.
+sources_of() {
+    local more=""
+    case $1 in
+        tests | sanitizer) more="tests $work/built" ;;
+        bench) more="benchmarks/ops benchmarks/conftest.py $work/built" ;;
+    esac
+    (cd "$root" && { echo "$arch"; find csrc kernels vitok setup.py CMakeLists.txt pyproject.toml $more -type f ! -name "*.pyc" \
+        ! -name "_C.*" ! -name _build.json 2> /dev/null | LC_ALL=C sort | xargs sha256sum; } | sha256sum | cut -c 1-16)
+}
+
+# The package with its CUDA kernels, or nothing.
 build() {
-    local archs
-    archs=$("$python" -c 'import torch; major, minor = torch.cuda.get_device_capability(); n = 10 * major + minor; print("90a" if n == 90 else n)') || return 1
-    local sources
-    sources=$(cd "$root" && { echo "$archs"; find csrc kernels vitok setup.py CMakeLists.txt pyproject.toml -type f ! -name "*.pyc" ! -name "_C.*" ! -name _build.json \
-        | LC_ALL=C sort | xargs sha256sum; } | sha256sum)
-    if [ "$(cat "$work/built" 2> /dev/null)" = "$sources" ]; then
-        echo "the package in build/gpu is up to date"
-    else
-        rm -rf "$site" "$work/built"
-        local missing=""
-        for package in setuptools cmake ninja pybind11; do
-            has "$package" || { [ "$package" != pybind11 ] && command -v "$package" > /dev/null; } || missing="$missing $package"
-        done
-        [ -z "$missing" ] || echo "gpu.sh: no native kernels: missing for the build:$missing"
-        if [ -n "$missing" ] || ! VITOK_CUDA_ARCHS=$archs "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps --target "$site" "$root"; then
-            echo "gpu.sh: going on with the Python package alone; the tests of native kernels will be skipped"
-            rm -rf "$site" && mkdir -p "$site"
-            cp -rL "$root/vitok" "$site/vitok" && rm -rf "$site"/vitok/_C.* "$site"/vitok/_build.json "$site/vitok/kernels"
-            cp -r "$root/kernels" "$site/vitok/kernels"
-        fi
-        echo "$sources" > "$work/built"
-    fi
-    "$python" - "$out/machine.json" << 'PYTHON'
-import json, platform, subprocess, sys
-import torch, triton
-import vitok
-from vitok import _native
-
-query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv"]
-facts = {
-    "gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(),
-    "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
-    "nvidia_smi": subprocess.run(query, capture_output=True, text=True).stdout.splitlines(),
-    "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-    "triton": triton.__version__, "vitok": vitok.__version__,
-    "native": _native.reason() or "there", "build": _native.build_facts(),
-}
-with open(sys.argv[1], "w") as file:
-    json.dump(facts, file, indent=1)
-print(json.dumps(facts, indent=1))
-PYTHON
+    local mark missing=""
+    mark=$(sources_of build)
+    [ "$(cat "$work/built" 2> /dev/null)" != "$mark" ] || { echo "the package in build/gpu is up to date"; return; }
+    rm -rf "$site" "$work/built"
+    for package in setuptools pybind11; do has $package || missing="$missing $package"; done
+    for tool in nvcc cmake ninja; do command -v $tool > /dev/null || has $tool || missing="$missing $tool"; done
+    [ -z "$missing" ] || echo "gpu.sh: missing for the build:$missing"
+    [ -z "$missing" ] || [ -n "$dry" ] || return 1
+    act env VITOK_CUDA=on VITOK_CUDA_ARCHS="$arch" \
+        "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps --target "$site" "$root" || return 1
+    act "$python" -c 'from vitok import _native
+assert _native.library(), _native.reason()
+assert _native.library().cuda_archs(), "the library holds no CUDA kernels"' || return 1
+    echo "$mark" > "$work/built"
 }
 
-tests() { "${pytest[@]}" $parallel --junitxml "$out/tests.xml" --deselect tests/gpu/test_sanitizer.py "$root/tests/gpu"; }
+# What the other stages use when there is no such package.
+python_alone() {
+    echo "gpu.sh: NO NATIVE KERNELS; going on with Python and Triton alone, so that no native kernel is tested or timed"
+    rm -rf "$site" && mkdir -p "$site"
+    cp -rL "$root/vitok" "$site/vitok" && rm -rf "$site"/vitok/_C.* "$site"/vitok/_build.json "$site/vitok/kernels"
+    cp -r "$root/kernels" "$site/vitok/kernels"
+}
 
-sanitizer() { "${pytest[@]}" --junitxml "$out/sanitizer.xml" "$root/tests/gpu/test_sanitizer.py"; }
+tests() { act "${pytest[@]}" $parallel --junitxml "$out/tests.xml" --deselect tests/gpu/test_sanitizer.py "$root/tests/gpu"; }
 
+sanitizer() { act "${pytest[@]}" --junitxml "$out/sanitizer.xml" "$root/tests/gpu/test_sanitizer.py"; }
+
+# In bfloat16 first: it is what people use, and the time may run out. 75 asks for another process: a kernel broke that one.
 bench() {
-    if [ -n "${BENCH:-}" ]; then
-        bash -c "$BENCH"
-    elif [ ! -d "$root/benchmarks/ops" ]; then
-        echo "gpu.sh: benchmarks/ops is not there"
-        return 1
-    elif ! has pytest_benchmark; then
-        echo "gpu.sh: no benchmarks: pytest-benchmark is not installed"
-        return 1
-    else
-        "${pytest[@]}" --results "$out" --benchmark-json "$out/ops.json" "$root/benchmarks/ops"
-    fi
+    local code failed=0
+    for dtype in bfloat16 float32; do
+        while :; do
+            act "${pytest[@]}" --benchmark-disable --results "$out" --resume -k "$dtype" "$root/benchmarks/ops"
+            code=$?
+            [ "$code" = 75 ] || break
+        done
+        [ "$code" = 0 ] || failed=$code
+    done
+    return "$failed"
 }
 
-# stage NAME SECONDS: run the function NAME in a shell of its own that is ended after so many seconds.
+selected() { [[ " ${STAGES:-build tests sanitizer bench} " == *" $1 "* ]]; }
+
+# The seconds that the stages before leave to each at least; together well under the budget, so that the build has some too.
+declare -A least=([build]=0 [tests]=120 [sanitizer]=70 [bench]=180)
+
+# note NAME TEXT: the line of the stage in stages.txt.
+note() {
+    grep -v "^$1 " "$out/stages.txt" > "$work/stages.txt"
+    echo "$1 $2" >> "$work/stages.txt"
+    cp "$work/stages.txt" "$out/stages.txt"
+}
+
+# counts REPORT: how many tests failed, were skipped and are there, from a report of pytest.
+counts() { sed -n 's/.*<testsuite [^>]*\(errors="[0-9]*" failures="[0-9]*" skipped="[0-9]*" tests="[0-9]*"\).*/, \1/p' "$1" 2> /dev/null | tr -d '"'; }
+
+# stage NAME LATER...: run the function NAME in a shell of its own, and end it in time for the stages LATER.
 stage() {
-    local name=$1 limit=$2 start left code
-    [[ " ${STAGES:-build tests sanitizer bench} " == *" $name "* ]] || return 0
-    if [ "$name" != build ] && grep -q "^$name done" "$out/stages.txt"; then
+    local name=$1 mark start limit code result=done
+    shift
+    selected "$name" || return 0
+    mark=$(sources_of "$name")
+    if [ "$name" != build ] && grep -q "^$name done.*, sources $mark\$" "$out/stages.txt"; then
         echo "== $name: done before"
         return 0
     fi
-    start=$(date +%s) left=$((deadline - $(date +%s)))
-    if [ "$left" -lt 15 ]; then
+    if [ "$name" = bench ] && [ -e "$out/ops-cuda.csv" ] && ! grep -q "^bench .*, sources $mark\$" "$out/stages.txt"; then
+        echo "the rows of other sources go to $work/ops-cuda.csv"
+        mv "$out/ops-cuda.csv" "$work/ops-cuda.csv"
+    fi
+    start=$(date +%s) limit=$((deadline - $(date +%s)))
+    for later in "$@"; do
+        selected "$later" && limit=$((limit - least[$later]))
+    done
+    if [ "$limit" -lt 15 ]; then
         echo "== $name: not started, the time is up; run benchmarks/gpu.sh again"
         failed="$failed $name"
         return 0
     fi
-    echo "== $name, at most $((limit < left ? limit : left)) s"
-    timeout -k 5 "$((limit < left ? limit : left))" bash -c "$(declare -f has "$name"; declare -p python pytest parallel root out work site); $name"
+    note "$name" "started, sources $mark"
+    rm -f "$out/$name.xml"
+    echo "== $name, at most $limit s"
+    VITOK_STAGE_SECONDS=$limit timeout -s INT -k 10 "$limit" env --default-signal=INT bash -c \
+        "$(declare -f); $(declare -p python pytest parallel root out work site arch dry); $name"
     code=$?
-    local result=done
     [ "$code" = 0 ] || { result="failed with exit code $code"; failed="$failed $name"; }
-    [ "$code" != 124 ] || result="out of time"
-    grep -v "^$name " "$out/stages.txt" > "$work/stages.txt"
-    { cat "$work/stages.txt"; echo "$name $result $(($(date +%s) - start)) s"; } > "$out/stages.txt"
-    echo "== $name: $result, $(($(date +%s) - start)) s"
+    [ "$code" != 124 ] && [ "$code" != 137 ] || result="out of time"
+    result="$result after $(($(date +%s) - start)) s$(counts "$out/$name.xml")"
+    note "$name" "$result, sources $mark"
+    echo "== $name: $result"
 }
 
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "gpu.sh: torch sees no CUDA device"; exit 2; }
+if [ -n "$dry" ]; then
+    arch=90a
+else
+    arch=$("$python" -c 'import torch; major, minor = torch.cuda.get_device_capability(); n = 10 * major + minor; print("90a" if n == 90 else n)') \
+        || { echo "gpu.sh: torch sees no CUDA device"; exit 2; }
+fi
 failed=""
-stage build 170
-stage tests 240
-stage sanitizer 120
-stage bench 300
+stage build tests sanitizer bench
+if selected build; then
+    [ -e "$work/built" ] || python_alone
+    act timeout 60 "$python" "$root/benchmarks/machine.py" "$out/machine.json" || failed="$failed machine.json"
+fi
+stage tests sanitizer bench
+stage sanitizer bench
+stage bench
 cat "$out/stages.txt"
+[ -e "$work/built" ] || echo "gpu.sh: no native CUDA kernel was built, tested or timed"
 [ -z "$failed" ] || { echo "gpu.sh: not done:$failed"; exit 1; }

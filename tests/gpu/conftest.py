@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,18 @@ def _full_float32() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
+
+
+@pytest.fixture(autouse=True)
+def _one_process_a_fault() -> Iterator[None]:
+    """After an access outside a tensor nothing runs in the process any more: pytest-xdist replaces one that ends."""
+    yield
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"the CUDA context is lost: {error}", file=sys.__stderr__, flush=True)
+            os._exit(1)
 
 
 @pytest.fixture
