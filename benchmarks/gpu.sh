@@ -122,7 +122,10 @@ note() {
 }
 
 # counts REPORT: how many tests failed, were skipped and are there, from a report of pytest.
-counts() { sed -n 's/.*<testsuite [^>]*\(errors="[0-9]*" failures="[0-9]*" skipped="[0-9]*" tests="[0-9]*"\).*/, \1/p' "$1" 2> /dev/null | tr -d '"'; }
+counts() {
+    local numbers='errors="[0-9]*" failures="[0-9]*" skipped="[0-9]*" tests="[0-9]*"'
+    sed -n "s/.*<testsuite [^>]*\($numbers\).*/, \1/p" "$1" 2> /dev/null | tr -d '"'
+}
 
 # stage NAME LATER...: run the function NAME in a shell of its own, and end it in time for the stages LATER.
 stage() {
@@ -163,8 +166,9 @@ stage() {
 if [ -n "$dry" ]; then
     arch=90a
 else
-    arch=$("$python" -c 'import torch; major, minor = torch.cuda.get_device_capability(); n = 10 * major + minor; print("90a" if n == 90 else n)') \
-        || { echo "gpu.sh: torch sees no CUDA device"; exit 2; }
+    arch=$("$python" -c 'import torch
+major, minor = torch.cuda.get_device_capability()
+print("90a" if (major, minor) == (9, 0) else 10 * major + minor)') || { echo "gpu.sh: torch sees no CUDA device"; exit 2; }
 fi
 failed=""
 stage build tests sanitizer bench

@@ -27,9 +27,6 @@ L2_BYTES = 64 * 2**20
 SECONDS = 0.1 if DEVICE.type == "cuda" else 0.3  # a provider; what is captured takes well under a millisecond
 RESTART = 75  # exit code: the rows so far are in the file, and the rest needs a process of its own (with --resume)
 
-# Our backward calls keep the graph, which compiled backwards refuse when they may overwrite what the forward saved.
-torch._functorch.config.donated_buffer = False
-
 
 @pytest.fixture(scope="session")
 def rates() -> Callable[[torch.dtype], tuple[float, float]]:
@@ -166,7 +163,8 @@ def test_op(case, dtype, direction, rates, rows, say, benchmark):
     key = {"case": case.name, "dtype": str(dtype).removeprefix("torch."), "direction": direction}
     if rows.complete(key, list(case.providers)):
         pytest.skip(f"{case.name}: its rows are there")
-    with timing_stream(DEVICE):
+    # Backward calls keep the graph, which a compiled one refuses when it may overwrite what the forward saved.
+    with timing_stream(DEVICE), torch._functorch.config.patch(donated_buffer=False):
         calls, able = measure(case, dtype, direction, rates, rows)
     for row in rows.of(key):
         said = row["refused"] or f"{float(row['ms_p50']):9.3f} ms  {float(row['ratio_to_eager']):6.2f}x"
