@@ -57,6 +57,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--resume", action="store_true", help="measure only what that file lacks, if its facts are ours")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _full_float32() -> None:
+    """No TF32, which convolutions have by default: float32 of every provider is the same arithmetic."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture(scope="session")
 def rows(request: pytest.FixtureRequest) -> Rows:
     """The rows of this run, in the file of `--results` as soon as they are there."""

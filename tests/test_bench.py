@@ -8,6 +8,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -308,3 +309,15 @@ def test_benchmarks_go_on_in_another_process_after_a_kernel_broke_one(tree):
     tree.set("break")
     result = tree.run()
     assert result.code == 0 and result.ran == [*ALL, "bench"], result.said
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(0.5, None), (30.0, 3)])
+def test_a_tool_that_takes_too_long_is_ended_and_keeps_what_it_said(tmp_path, seconds, code):
+    run = runpy.run_path(str(ROOT / "tests" / "gpu" / "test_sanitizer.py"))["Run"]
+    command = ["bash", "-c", "echo found; exec 2> /dev/null; " + ("exit 3" if code else "sleep 60")]
+    output = tmp_path / "output"
+    with open(output, "wb") as file:
+        process = subprocess.Popen(command, stdout=file, start_new_session=True)
+    start = time.monotonic()
+    assert run(process, output, start + seconds).result() == (code, "found\n")
+    assert time.monotonic() - start < 20 and process.poll() is not None
