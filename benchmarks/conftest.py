@@ -54,7 +54,11 @@ def _triton_version() -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="write one CSV row a provider to ops-<device>.csv in this folder")
-    parser.addoption("--resume", action="store_true", help="measure only what that file lacks, if its facts are ours")
+    parser.addoption(
+        "--resume",
+        action="store_true",
+        help="measure only what that file lacks, if its device, versions and commit, which knows no edits, are ours",
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

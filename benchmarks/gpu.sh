@@ -56,13 +56,13 @@ act() {
 
 # sources_of NAME: a sum over what the stage NAME depends on. Whether there is a native library counts from the tests on.
 sources_of() {
-    local more=""
+    local files=(csrc kernels vitok setup.py CMakeLists.txt pyproject.toml)
     case $1 in
-        tests | sanitizer) more="tests $work/built" ;;
-        bench) more="benchmarks/ops benchmarks/conftest.py $work/built" ;;
+        tests | sanitizer) files+=(tests "$work/built") ;;
+        bench) files+=(benchmarks/ops benchmarks/conftest.py "$work/built") ;;
     esac
-    (cd "$root" && { echo "$arch"; find csrc kernels vitok setup.py CMakeLists.txt pyproject.toml $more -type f ! -name "*.pyc" \
-        ! -name "_C.*" ! -name _build.json 2> /dev/null | LC_ALL=C sort | xargs sha256sum; } | sha256sum | cut -c 1-16)
+    (cd "$root" && { echo "$arch"; find "${files[@]}" -type f ! -name "*.pyc" ! -name "_C.*" ! -name _build.json -print0 2> /dev/null \
+        | LC_ALL=C sort -z | xargs -0 sha256sum; } | sha256sum | cut -c 1-16)
 }
 
 # The package with its CUDA kernels, or nothing.
@@ -154,7 +154,7 @@ stage() {
     rm -f "$out/$name.xml"
     echo "== $name, at most $limit s"
     VITOK_STAGE_SECONDS=$limit timeout -s INT -k 10 "$limit" env --default-signal=INT bash -c \
-        "$(declare -f); $(declare -p python pytest parallel root out work site arch dry); $name"
+        "$(declare -f); $(declare -p python pytest parallel root out work site arch dry); trap 'exit 130' INT; $name"
     code=$?
     [ "$code" = 0 ] || { result="failed with exit code $code"; failed="$failed $name"; }
     [ "$code" != 124 ] && [ "$code" != 137 ] || result="out of time"

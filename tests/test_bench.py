@@ -8,6 +8,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from vitok.bench.rows import LOST
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="gpu.sh uses GNU's timeout and env")
 CPU = torch.device("cpu")
 
 COLUMNS = ("case", "dtype", "direction", "provider", "ms_p50", "refused", "commit", "date")
@@ -207,6 +209,7 @@ def gpu_sh(script: Path, *arguments: str, **environment: str) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=60)
 
 
+@LINUX
 def test_dry_run_plans_every_stage_within_the_budget(tmp_path):
     assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
     result = gpu_sh(SCRIPT, "--dry-run", TMPDIR=str(tmp_path), BUDGET="500")
@@ -270,6 +273,7 @@ def tree(tmp_path: Path) -> SimpleNamespace:
 ALL = ["build", "tests", "sanitizer", "bench"]
 
 
+@LINUX
 def test_a_stage_runs_again_when_its_sources_changed(tree):
     first = tree.run()
     assert first.code == 0 and first.ran == ALL, first.said
@@ -286,6 +290,7 @@ def test_a_stage_runs_again_when_its_sources_changed(tree):
     assert tree.run().ran == ALL
 
 
+@LINUX
 def test_a_build_without_cuda_kernels_has_failed(tree):
     tree.set("no-pip")
     result = tree.run()
@@ -296,6 +301,7 @@ def test_a_build_without_cuda_kernels_has_failed(tree):
     assert (tree.root / "build/gpu/site/vitok/kernels/a.py").is_file() and not (tree.root / "build/gpu/built").exists()
 
 
+@LINUX
 def test_what_was_done_without_native_kernels_is_done_again_with_them(tree):
     tree.set("no-pip")
     assert tree.run().code == 1
@@ -305,6 +311,7 @@ def test_what_was_done_without_native_kernels_is_done_again_with_them(tree):
     assert result.code == 0 and result.ran == ALL
 
 
+@LINUX
 def test_benchmarks_go_on_in_another_process_after_a_kernel_broke_one(tree):
     tree.set("break")
     result = tree.run()
