@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 
-from vitok.kernels.qk_norm_rope_backward import qk_norm_rope_backward
 from vitok.kernels.qk_norm_rope_parts import (
     alignment,
     copy_halves,
@@ -34,8 +33,6 @@ from vitok.kernels.qk_norm_rope_parts import (
     store_halves,
     turn,
 )
-
-__all__ = ["qk_norm_rope_backward", "qk_norm_rope_forward"]
 
 # Elements of one half in a tile: 16 a thread, two 16-byte loads of a 16-bit type. Not measured yet.
 FORWARD_TILE = 2048

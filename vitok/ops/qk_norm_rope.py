@@ -168,7 +168,7 @@ def _backward(
     grad = neighbouring(grad)
     qkv, q_weight, k_weight, table = (None if x is None else neighbouring(x) for x in (qkv, q_weight, k_weight, table))
     if impl == "triton":
-        from vitok.kernels import qk_norm_rope as kernel
+        from vitok.kernels import qk_norm_rope_backward as kernel
 
         dqkv, dq_weight, dk_weight = kernel.qk_norm_rope_backward(grad, qkv, q_weight, k_weight, table, eps)
         if dq_weight is None or dk_weight is None:
