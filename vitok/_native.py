@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -52,20 +53,25 @@ def reason() -> str:
 def run(kernel: str, like: Tensor, *args: Any) -> None:
     """Call a kernel with addresses, sizes and strides on the device of `like`, ordered by CUDA's current stream."""
     if like.is_cuda:
-        getattr(library(), kernel + "_cuda")(*args, torch.cuda.current_stream(like.device).cuda_stream)
+        _function(kernel + "_cuda")(*args, torch.cuda.current_stream(like.device).cuda_stream)
     else:
-        getattr(library(), kernel + "_cpu")(*args)
+        _function(kernel + "_cpu")(*args)
+
+
+@cache
+def _function(name: str) -> Callable[..., None]:
+    function: Callable[..., None] = getattr(library(), name)
+    return function
 
 
 def refuses(tensor: Tensor, *others: Tensor | None) -> str:
     """Why no native kernel can take tensors of this device and these dtypes, or ""."""
-    kind = tensor.device.type
-    if kind == "cuda":
+    if tensor.is_cuda:
         # The compiler cannot trace the question; without an answer the launch would fail in CUDA's own words.
         if not torch.compiler.is_compiling() and (unsupported := _unsupported_gpu(tensor.device.index)):
             return unsupported
-    elif kind not in ("cpu", "meta"):
-        return f"there is no native kernel for device {kind!r}"
+    elif not (tensor.is_cpu or tensor.is_meta):
+        return f"there is no native kernel for device {tensor.device.type!r}"
     for x in (tensor, *others):
         if x is not None and x.dtype not in DTYPE:
             return f"there is no native kernel for {x.dtype}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitok import ops
+from vitok import _native, ops
 from vitok.positions import coordinates, rope_table
 
 BATCH, SIDE, PATCH, WIDTH, HEADS, HIDDEN, CHANNELS = 8, 256, 16, 768, 12, 2048, 16
@@ -196,6 +196,24 @@ def gate_inputs(device: torch.device, dtype: torch.dtype, g: torch.Generator) ->
 def eager_gate(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
+
+
+def tiny_inputs(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
+    return normal(g, device, dtype, 1, 16), torch.empty(1, 8, dtype=dtype, device=device)
+
+
+def eager_tiny(gate_up: Tensor, out: Tensor) -> Tensor:
+    return torch.mul(out, out)
+
+
+def library_call(gate_up: Tensor, out: Tensor) -> Tensor:
+    """The compiled function on memory that is there: what Python, pybind11 and the kernel's own checks cost."""
+    _native.run("gated_mlp_act_forward", gate_up, gate_up.data_ptr(), "float32", 1, 8, 16, False, out.data_ptr())
+    return out
+
+
+def tiny_gate(gate_up: Tensor, out: Tensor) -> Tensor:
+    return ops.gated_mlp_act(gate_up)
 
 
 def token_inputs(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
@@ -408,6 +426,17 @@ def cases() -> list[Case]:
             "gated_mlp_act",
             bytes=lambda size: 3 * size * BATCH * TOKENS * HIDDEN,
             backward_bytes=lambda size: 5 * size * BATCH * TOKENS * HIDDEN,
+        ),
+        Case(
+            "call of 8 numbers",
+            "1 x 2 x 8",
+            tiny_inputs,
+            "torch.mul",
+            {"torch.mul": eager_tiny, "the library alone": library_call, "gated_mlp_act": tiny_gate},
+            "gated_mlp_act",
+            dtypes=(torch.float32,),
+            backward=False,
+            different=("the library alone", "gated_mlp_act"),
         ),
         Case(
             "gaussian_bottleneck",

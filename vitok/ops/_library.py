@@ -41,8 +41,10 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
             return operator(*args)
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, args)
-        lazy = any(isinstance(x, torch.Tensor) and x.is_neg() for x in args)
-        return operator(*args) if lazy or args[1].is_meta else run(*args)
+        for x in args:
+            if isinstance(x, torch.Tensor) and (x.is_neg() or x.is_meta):
+                return operator(*args)
+        return run(*args)
 
     return call
 
