@@ -3,7 +3,8 @@
     python benchmarks/auto.py
 
 For every op, device and dtype: implementations by their time over all cases and both directions, fastest first. What
-was not measured comes after what was, in the op's own order; the reference counts like any other.
+was not measured comes after what was, in the op's own order; the reference counts like any other. "compiled" names
+what beat the compiler's version of the eager composition, for ops that are else left to the compiler.
 """
 
 from __future__ import annotations
@@ -44,10 +45,18 @@ def table(rows: list[dict[str, str]]) -> dict[str, dict[str, dict[str, object]]]
         mean = {n: math.exp(sum(math.log(providers[n][c]) for c in shared) / len(shared)) for n in known}
         order = sorted(known, key=lambda n: mean[n] / (MARGIN if n == known[0] else 1.0))
         rest = [n for n in OPS[op].implementations if n not in order]
-        why = ", ".join(f"{n} {mean[n]:.3g} ms" for n in order)
+        fused = providers.get("torch.compile", {})
+        compiled = {}
+        if OPS[op].pointwise and shared <= set(fused):
+            mean["torch.compile"] = math.exp(sum(math.log(fused[c]) for c in shared) / len(shared))
+            # The compiler may fuse its own with the neighbours as well, so a tie is not enough.
+            if mean["torch.compile"] > MARGIN * mean[order[0]]:
+                compiled = {"compiled": order[0]}
+        why = ", ".join(f"{n} {mean[n]:.3g} ms" for n in sorted(mean, key=mean.__getitem__))
         found[op][device] = {
             "order": order + rest,
             "why": f"{why} (geometric mean of {len(shared)} rows, {date[op, device]})",
+            **compiled,
         }
     return dict(found)
 

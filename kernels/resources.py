@@ -98,7 +98,8 @@ def recorder() -> Iterator[Callable[[str, Case, int], list[Launch]]]:
         with (
             mock.patch("torch.cuda.get_device_capability", lambda *_: capability),
             mock.patch("torch.cuda.get_device_properties", lambda *_: properties),
-            mock.patch.object(Tensor, "is_cuda", property(lambda _: True), create=True),  # launchers ask before these
+            mock.patch.object(Tensor, "is_cuda", property(lambda _: True), create=True),
+            mock.patch.object(Tensor, "is_cpu", property(lambda _: False), create=True),
         ):
             case.run()
         return list(launches)
@@ -122,7 +123,8 @@ def measure(launch: Launch) -> dict[str, Any]:
         cubin.flush()
         usage = subprocess.check_output([tools / "cuobjdump", "--dump-resource-usage", cubin.name], text=True)
         quiet = {"text": True, "stderr": subprocess.DEVNULL}  # it warns of an ELF format of its own
-        code = subprocess.check_output([tools / "nvdisasm", cubin.name], **quiet)
+        # Without its analysis of branches, which takes longer than the compilation and says nothing of instructions.
+        code = subprocess.check_output([tools / "nvdisasm", "--no-dataflow", cubin.name], **quiet)
     sizes = {key: int(match[1]) for key in ("REG", "STACK", "LOCAL") if (match := re.search(rf"{key}:(\d+)", usage))}
     matrix = Counter(MATRIX.findall(code))
     return {

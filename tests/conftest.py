@@ -134,15 +134,16 @@ def prefer() -> Callable[[str], AbstractContextManager[None]]:
 
     @contextmanager
     def preferring(impl: str) -> Iterator[None]:
-        before = {op: op.orders for op in OPS.values()}
-        for op, orders in before.items():
+        before = {op: (op.orders, op.compiled_orders) for op in OPS.values()}
+        for op, (orders, _) in before.items():
             if impl in op.implementations:
                 op.orders = {key: (op.implementations[impl], *order) for key, order in orders.items()}
+                op.compiled_orders = op.orders
         try:
             yield
         finally:
             for op, orders in before.items():
-                op.orders = orders
+                op.orders, op.compiled_orders = orders
 
     return preferring
 

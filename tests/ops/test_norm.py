@@ -364,10 +364,6 @@ def test_compiles_whole_with_one_graph_for_many_sizes(impl, kind):
     assert len(graphs) == 1
 
 
-def test_compiled_auto_is_the_reference():
-    assert OPS["norm"].pointwise and OPS["add_norm"].pointwise
-
-
 @pytest.mark.skipif(_native.library() is not None, reason="the native library is there")
 def test_native_by_name_says_why_it_is_absent(one_sentence):
     with pytest.raises(ImplementationError) as error:

@@ -59,8 +59,29 @@ def test_every_op_has_a_reference_that_is_always_usable_and_comes_last():
 
 def test_what_was_measured_decides_the_order(op, monkeypatch):
     monkeypatch.setattr(op, "measured", {"cuda bfloat16": {"order": ["reference", "picky"], "why": "measured"}})
-    assert [i.name for i in op._order("cuda", torch.bfloat16)] == ["reference", "picky"]
-    assert [i.name for i in op._order("cuda", torch.float32)] == ["absent", "picky", "reference"]
+    assert [i.name for i in op._order(True, torch.bfloat16)] == ["reference", "picky"]
+    assert [i.name for i in op._order(True, torch.float32)] == ["absent", "picky", "reference"]
+
+
+def test_the_compiler_gets_the_reference_of_pointwise_ops_unless_another_was_measured_faster(op, monkeypatch):
+    measured = {"order": ["picky", "reference"], "why": "measured"}
+    monkeypatch.setattr(op, "measured", {"cuda bfloat16": measured | {"compiled": "picky"}, "cuda float32": measured})
+    compiled = {dtype: op._compiled_order(True, dtype)[0].name for dtype in (torch.bfloat16, torch.float32)}
+    assert compiled == {torch.bfloat16: "picky", torch.float32: "picky"}  # opaque to the compiler: as always
+    monkeypatch.setattr(op, "pointwise", True)
+    compiled = {dtype: op._compiled_order(True, dtype)[0].name for dtype in (torch.bfloat16, torch.float32)}
+    assert compiled == {torch.bfloat16: "picky", torch.float32: "reference"}
+
+
+def test_compiled_choices_follow_the_compiled_order(monkeypatch):
+    names = []
+    norm = OPS["norm"]
+    reference = norm.implementations["reference"]
+    spy = dataclasses.replace(reference, run=lambda *args: names.append("reference") or reference.run(*args))
+    monkeypatch.setattr(norm, "compiled_orders", {kind: (spy,) for kind in norm.compiled_orders})
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: ops.norm(x, None, kind="rms", eps=0.0), backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2, 4)).equal(torch.ones(2, 4)) and names == ["reference"]
 
 
 def test_an_implementation_put_first_by_the_environment(python):

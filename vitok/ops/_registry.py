@@ -3,7 +3,8 @@
 An `Op` holds its implementations in order of preference, the reference last; where this device has been measured, the
 order is that of `auto.json`, which benchmarks/auto.py makes from benchmark results. ``impl="auto"`` takes the first
 that can run the arguments at hand; a name takes that one or raises `ImplementationError` with the reason, never another
-one silently. Under torch.compile "auto" of a pointwise op is its reference, which the compiler fuses with what is near.
+one silently. Under torch.compile "auto" of a pointwise op is its reference, which the compiler fuses with what is near,
+unless another was measured to beat what the compiler makes of it.
 """
 
 from __future__ import annotations
@@ -75,11 +76,9 @@ class Op:
         self.pointwise = pointwise
         self.measured = _AUTO.get(name, {})
         self.implementations = {implementation.name: implementation for implementation in implementations}
-        self.orders = {
-            (is_cuda, dtype): self._order("cuda" if is_cuda else "cpu", dtype)
-            for is_cuda in (False, True)
-            for dtype in _native.DTYPE
-        }
+        kinds = [(is_cuda, dtype) for is_cuda in (False, True) for dtype in _native.DTYPE]
+        self.orders = {kind: self._order(*kind) for kind in kinds}
+        self.compiled_orders = {kind: self._compiled_order(*kind) for kind in kinds}
         OPS[name] = self
 
     def __call__(self, impl: str, *args: Any) -> Any:
@@ -88,9 +87,8 @@ class Op:
     def select(self, impl: str, *args: Any) -> Implementation:
         """The implementation that `impl` means for these arguments."""
         if impl == "auto":
-            if self.pointwise and not _FIRST and torch.compiler.is_compiling():
-                return self.implementations["reference"]
-            for candidate in self._candidates(args):
+            orders = self.compiled_orders if torch.compiler.is_compiling() else self.orders
+            for candidate in self._candidates(orders, args):
                 if not (candidate.missing or candidate.refuses(*args)):
                     return candidate
             raise ImplementationError(f"no implementation of {self.name} takes these arguments")
@@ -103,18 +101,25 @@ class Op:
             raise ImplementationError(f"{self.name}: implementation {impl!r} cannot be used: {reason}")
         return chosen
 
-    def _candidates(self, args: tuple[Any, ...]) -> tuple[Implementation, ...]:
+    def _candidates(
+        self, orders: dict[tuple[bool, torch.dtype], tuple[Implementation, ...]], args: tuple[Any, ...]
+    ) -> tuple[Implementation, ...]:
         for x in args:
-            if isinstance(x, Tensor) and (order := self.orders.get((x.is_cuda, x.dtype))):
+            if isinstance(x, Tensor) and (order := orders.get((x.is_cuda, x.dtype))):
                 return order
         return tuple(self.implementations.values())
 
-    def _order(self, device: str, dtype: torch.dtype) -> tuple[Implementation, ...]:
-        measured = self.measured.get(_key(device, dtype))
-        names = measured["order"] if measured else self.implementations
+    def _order(self, is_cuda: bool, dtype: torch.dtype) -> tuple[Implementation, ...]:
+        device = "cuda" if is_cuda else "cpu"
+        names = self.measured.get(_key(device, dtype), {}).get("order", self.implementations)
         chosen = [name for name in names if device in self.implementations[name].devices]
         first = [_FIRST] if _FIRST in self.implementations else []
         return tuple(self.implementations[name] for name in [*first, *chosen])
+
+    def _compiled_order(self, is_cuda: bool, dtype: torch.dtype) -> tuple[Implementation, ...]:
+        measured = self.measured.get(_key("cuda" if is_cuda else "cpu", dtype), {})
+        fuses = self.pointwise and measured.get("compiled", "reference") == "reference" and not _FIRST
+        return (self.implementations["reference"],) if fuses else self._order(is_cuda, dtype)
 
     def choices(self) -> Iterator[Choice]:
         for implementation in self.implementations.values():
