@@ -25,9 +25,8 @@ demo: setup
 test: setup
 	$(PYTEST) -m "not long"
 
-# Without what kernels-check does.
 test-long: setup
-	$(PYTEST) -m long --ignore tests/test_kernel_resources.py --ignore tests/test_sanitize.py
+	$(PYTEST) -m long
 
 # What can be proven of the kernels without a GPU.
 kernels-check: setup sanitize

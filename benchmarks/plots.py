@@ -18,7 +18,7 @@ from vitok.io.files import atomic_path
 
 RESULTS = Path(__file__).with_name("results")
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
-OURS = {"native": "#d1495b", "triton": "#edae49", "reference": "#8d99ae"}
+OURS = {"native": "#d1495b", "widened": "#d1495b", "triton": "#edae49", "reference": "#8d99ae"}
 
 
 def draw(axes: Axes, rows: list[dict[str, str]], title: str) -> None:
