@@ -13,7 +13,7 @@ import vitok
 from vitok import InputError
 from vitok.bottlenecks import GaussianPosterior, PointPosterior
 from vitok.config import ViTokConfig
-from vitok.layers import ParallelBlock, SerialBlock
+from vitok.layers import ParallelBlock, Places, SerialBlock
 
 # --- The published formulas, in the conventions of the published weights: interleaved pairs, their order of rows. ---
 
@@ -63,7 +63,7 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 
 def whole_block(block, x: Tensor, table: Tensor) -> Tensor:
     """A block with its last branch added, which in a stack is left to the next norm."""
-    x, (out, scale) = block(x, None, table)
+    x, (out, scale) = block(x, None, Places(table))
     return x + (out if scale is None else out * scale)
 
 

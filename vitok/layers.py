@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+from math import prod
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -65,6 +70,15 @@ class Norm(nn.Module):
         return ops.add_norm(out, x, self.weight, self.bias, scale=scale, kind=self.kind, eps=self.eps)
 
 
+class Places(NamedTuple):
+    """Where the tokens of a sequence are, and which of them see each other."""
+
+    rope: Tensor | None
+    """[2, L, head_dim / 2], see `vitok.positions.rope_table`."""
+    cu_seqlens: Tensor | None = None
+    """[segments + 1], see `vitok.ops.attention`; None where every token sees every other."""
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; rows of `qkv` are ordered q | k | v, each heads x head_dim."""
 
@@ -76,9 +90,11 @@ class Attention(nn.Module):
         self.q_norm = nn.Parameter(torch.ones(stack.head_dim)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(stack.head_dim)) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, places: Places) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        return self.proj(ops.attention(qkv, self.q_norm, self.k_norm, rope, eps=self.eps).flatten(-2))
+        rope, cu_seqlens = places
+        out = ops.attention(qkv, self.q_norm, self.k_norm, rope, eps=self.eps, cu_seqlens=cu_seqlens)
+        return self.proj(out.flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -111,9 +127,9 @@ class SerialBlock(nn.Module):
         self.feed_forward = FeedForward(config, stack)
         self.feed_forward_scale = _layer_scale(config, stack)
 
-    def forward(self, x: Tensor, branch: Branch | None, rope: Tensor | None) -> tuple[Tensor, Branch]:
+    def forward(self, x: Tensor, branch: Branch | None, places: Places) -> tuple[Tensor, Branch]:
         h, x = self.attention_norm(x, branch)
-        h, x = self.feed_forward_norm(x, (self.attention(h, rope), self.attention_scale))
+        h, x = self.feed_forward_norm(x, (self.attention(h, places), self.attention_scale))
         return x, (self.feed_forward(h), self.feed_forward_scale)
 
 
@@ -127,13 +143,19 @@ class ParallelBlock(nn.Module):
         self.feed_forward = FeedForward(config, stack)
         self.scale = _layer_scale(config, stack)
 
-    def forward(self, x: Tensor, branch: Branch | None, rope: Tensor | None) -> tuple[Tensor, Branch]:
+    def forward(self, x: Tensor, branch: Branch | None, places: Places) -> tuple[Tensor, Branch]:
         h, x = self.norm(x, branch)
-        return x, (self.attention(h, rope) + self.feed_forward(h), self.scale)
+        return x, (self.attention(h, places) + self.feed_forward(h), self.scale)
+
+
+Grid = tuple[int, int, int]  # tokens in time, height and width
 
 
 class Stack(nn.Module):
-    """Transformer blocks with positions and a final norm: tokens [B, L, width] of a (t, h, w) grid, same shape out."""
+    """Transformer blocks with positions and a final norm: tokens [B, L, width] of a (t, h, w) grid, same shape out.
+
+    `packed` does so for tokens of several grids in one pass.
+    """
 
     def __init__(self, config: ViTokConfig, stack: StackConfig) -> None:
         super().__init__()
@@ -142,14 +164,35 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(block(config, stack) for _ in range(stack.depth))
         self.norm = Norm(stack.width, config.norm, config.norm_eps) if config.final_norm else None
 
-    def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        coords = coordinates(grid, x.device)
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        rope, absolute = self._tables(grid, x.device)
+        return self._run(x, absolute, Places(rope))
+
+    def packed(self, tokens: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+        """What `forward` makes of each [B, L, width] with its grid: all sequences one behind the other, none padded."""
+        device = tokens[0].device
+        every = [grid for x, grid in zip(tokens, grids, strict=True) for _ in x]  # one a sequence
+        known = {grid: self._tables(grid, device) for grid in set(every)}
+        ropes, absolutes = zip(*(known[grid] for grid in every), strict=True)
+        rope = None if ropes[0] is None else torch.cat(ropes, 1)
+        absolute = None if absolutes[0] is None else torch.cat(absolutes)
+        ends = torch.tensor([0, *accumulate(map(prod, every))], dtype=torch.int32, device=device)
+        joined = torch.cat([x.flatten(0, 1) for x in tokens])[None]
+        out = self._run(joined, absolute, Places(rope, ends))[0].split([x.shape[0] * x.shape[1] for x in tokens])
+        return [y.unflatten(0, x.shape[:2]) for x, y in zip(tokens, out, strict=True)]
+
+    def _tables(self, grid: Grid, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Rotary and added positions of a grid, None for those that the config has not."""
+        coords = coordinates(grid, device)
         rope = rope_table(coords, grid, self.stack.head_dim, self.config.rope, self.config.rope_theta)
-        if self.config.absolute == "sincos":
-            x = x + sincos_table(coords, self.stack.width).to(x.dtype)
+        return rope, sincos_table(coords, self.stack.width) if self.config.absolute == "sincos" else None
+
+    def _run(self, x: Tensor, absolute: Tensor | None, places: Places) -> Tensor:
+        if absolute is not None:
+            x = x + absolute.to(x.dtype)
         branch = None
         for block in self.blocks:
-            x, branch = block(x, branch, rope)
+            x, branch = block(x, branch, places)
         if self.norm is not None:
             return self.norm(x, branch)[0]
         return x if branch is None else x + _scaled(*branch)

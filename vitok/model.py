@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,6 +29,13 @@ class Encoder(nn.Module):
         tokens = self.stack(self.embed(clip), grid)
         return self.bottleneck(tokens, grid[1:] if image else grid)
 
+    def packed(self, clips: Sequence[Tensor], images: Sequence[bool]) -> list[Posterior]:
+        """What `forward` makes of each, with one pass of the blocks over the tokens of all."""
+        grids = [self.config.grid(*clip.shape[1:4]) for clip in clips]
+        tokens = self.stack.packed([self.embed(clip) for clip in clips], grids)
+        shapes = [grid[1:] if image else grid for grid, image in zip(grids, images, strict=True)]
+        return [self.bottleneck(x, shape) for x, shape in zip(tokens, shapes, strict=True)]
+
 
 class Decoder(nn.Module):
     def __init__(self, config: ViTokConfig) -> None:
@@ -39,6 +48,12 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
         """Latents [B, c, t, h, w] to pixels [B, 3, T, H, W] for size (T, H, W)."""
         return self.unembed(self.tokens(latents), size)
+
+    def packed(self, latents: Sequence[Tensor], sizes: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+        """What `forward` makes of each, with one pass of the blocks over the tokens of all."""
+        grids = [(z.shape[2], z.shape[3], z.shape[4]) for z in latents]
+        tokens = self.stack.packed([self.from_latents(z.flatten(2).transpose(1, 2)) for z in latents], grids)
+        return [self.unembed(x, size) for x, size in zip(tokens, sizes, strict=True)]
 
     def tokens(self, latents: Tensor) -> Tensor:
         """Latents [B, c, t, h, w] to the tokens [B, L, width] that pixels are made of."""
@@ -100,6 +115,12 @@ class ViTok(nn.Module):
 
         Raises InputError when the latents' shape is not this model's or the size does not fit them.
         """
+        clip, full = self._checked(latents, size)
+        pixels = self.decoder(clip, full)
+        return pixels.squeeze(2) if latents.dim() == 4 else pixels
+
+    def _checked(self, latents: Tensor, size: tuple[int, ...] | None) -> tuple[Tensor, tuple[int, int, int]]:
+        """Latents [B, c, t, h, w] on the model's device, in its dtype, and the (T, H, W) that is wanted of them."""
         channels = self.config.channels
         if (
             latents.dim() not in (4, 5)
@@ -127,8 +148,50 @@ class ViTok(nn.Module):
             raise InputError(
                 f"size {wanted} does not fit latents {list(latents.shape)}, which cover up to {covered} (T, H, W)"
             )
-        pixels = self.decoder(latents, full)
-        return pixels.squeeze(2) if image else pixels
+        return latents, (full[0], full[1], full[2])
+
+    def encode_packed(self, items: Sequence[Tensor], *, layout: str = "auto") -> list[Posterior]:
+        """Encode pictures and clips of any sizes in one pass, without padding: `[self.encode(x) for x in items]`.
+
+        Args:
+            items: what `encode` takes, each a batch of its own size: [B, 3, H, W], [B, T, H, W, 3] and so on.
+            layout: as in `encode`, of all items.
+
+        Returns: a posterior for each item, equal to that of `encode` but for rounding: tokens attend within their own
+        picture or clip. Raises InputError for an empty list, and for an item as `encode` does, naming it.
+        """
+        clips, images = [], []
+        for number, pixels in enumerate(_several("items", items)):
+            with _named("item", number):
+                clip, image = as_clip(pixels, layout)
+                check_range(clip)
+            clips.append(clip.to(self.device))
+            images.append(image)
+        return self.encoder.packed(clips, images)
+
+    def decode_packed(
+        self, latents: Sequence[Tensor], *, sizes: Sequence[tuple[int, ...] | None] | None = None
+    ) -> list[Tensor]:
+        """Decode latents of any sizes in one pass, without padding: `[self.decode(z, size=s) for z, s in ...]`.
+
+        Args:
+            latents: what `decode` takes, each a batch of its own size.
+            sizes: a size for each, or None for all that the latents cover.
+
+        Returns: pixels of each, as `decode` gives them but for rounding. Raises InputError for an empty list, for as
+        many sizes as there are not latents, and for one of them as `decode` does, naming it.
+        """
+        wanted = [None] * len(_several("latents", latents)) if sizes is None else list(sizes)
+        if len(wanted) != len(latents):
+            raise InputError(f"sizes must be as many as latents, {len(latents)}, got {len(wanted)}")
+        clips, full = [], []
+        for number, (z, size) in enumerate(zip(latents, wanted, strict=True)):
+            with _named("latents", number):
+                clip, covered = self._checked(z, size)
+            clips.append(clip)
+            full.append(covered)
+        decoded = self.decoder.packed(clips, full)
+        return [x.squeeze(2) if z.dim() == 4 else x for x, z in zip(decoded, latents, strict=True)]
 
     def decode_patches(self, latents: Tensor) -> Tensor:
         """Decode latents, as in `decode`, to patch rows for `vitok.ops.pixel_loss`: training needs no picture.
@@ -150,6 +213,22 @@ class ViTok(nn.Module):
         from vitok.checkpoint import save
 
         save(self, directory)
+
+
+def _several(name: str, items: Sequence[Tensor]) -> Sequence[Tensor]:
+    if isinstance(items, Tensor) or len(items) == 0:
+        got = f"one tensor {list(items.shape)}" if isinstance(items, Tensor) else "none"
+        raise InputError(f"{name} must be a list of at least one tensor, got {got}")
+    return items
+
+
+@contextmanager
+def _named(name: str, number: int) -> Iterator[None]:
+    """Puts before the sentence of an InputError which of several it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name} {number}: {error}") from None
 
 
 def as_clip(pixels: Tensor, layout: str = "auto") -> tuple[Tensor, bool]:
