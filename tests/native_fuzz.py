@@ -83,7 +83,10 @@ class Fuzz:
                 scale = max(1.0, x.abs().max().item())
                 error = (found[name].double() - x.double()).abs().max().item() / scale
                 if not error <= max(TOLERANCE[given.dtype], TOLERANCE.get(found[name].dtype, 0.0)):
-                    self.fail(f"{case}: {name} is off by {error:.1e}")
+                    # Some cases are worse than others, like a layer norm of two elements that are nearly equal.
+                    eager = CASES["evaluate"](given, "reference")[name].double()
+                    if not error <= 2 * (eager - x.double()).abs().max().item() / scale:
+                        self.fail(f"{case}: {name} is off by {error:.1e}")
 
     def broken(self, kernel: str, args: tuple[Any, ...]) -> None:
         """The call once more with one argument that is wrong in its type, its sign or its size, or absent."""

@@ -43,6 +43,10 @@ VALID = {
         "sizes": (4, 1, 2, 2), "strides": (12, 12, 6, 3, 1), "q": 1, "p": 2, "kind": 0, "eps": 0.0, "scale": 1.0,
         "shift": 0.0, "grad": 64, "grad_stride": 1, "grad_prediction": 0,
     },
+    "qk_norm_rope_forward": {
+        "qkv": 64, "dtype": "float32", "sizes": (1, 4, 2, 16), "strides": (384, 96, 32, 16), "q_weight": 0,
+        "k_weight": 0, "weight_dtype": "float32", "table": 0, "table_strides": (0, 0), "eps": 1e-6, "out": 0,
+    },
 }  # fmt: skip
 
 
@@ -68,3 +72,10 @@ def test_strides_that_lead_outside_are_refused(kernel, stride, value):
     for bad in wrong:
         with pytest.raises(ValueError, match=f"{stride} must not be negative|{stride} leads beyond"):
             getattr(_native.library(), f"{kernel}_cpu")(**(VALID[kernel] | {stride: bad}))
+
+
+@pytest.mark.skipif(_native.library() is None, reason="no native library")
+def test_negative_strides_of_an_absent_table_are_refused():
+    """As those of a table that is there: nothing else tells a caller that it mixed up its arguments."""
+    with pytest.raises(ValueError, match="table_strides must not be negative"):
+        _native.library().qk_norm_rope_forward_cpu(**(VALID["qk_norm_rope_forward"] | {"table_strides": (-1, -1)}))

@@ -89,7 +89,7 @@ inline const char* options_problem(DType dtype, const int64_t (&sizes)[4], const
     if (!q_weight != !k_weight) return "q_weight and k_weight must both be given or both be null";
     if (q_weight && !is_float(weight_dtype)) return "weight_dtype is 'uint8'; it must be a float type";
     if (table && sizes[3] % 2) return "head_dim must be even for a rotation";
-    if (table && (table_strides[0] < 0 || table_strides[1] < 0)) return "table_strides must not be negative";
+    if (table_strides[0] < 0 || table_strides[1] < 0) return "table_strides must not be negative";
     constexpr int64_t limit = INT64_MAX / 8;
     if (table && sizes[1] > 1 && table_strides[1] > (limit - table_strides[0]) / (sizes[1] - 1))
         return "table_strides lead past what 64 bits can address";
