@@ -169,6 +169,35 @@ def tubelet_gather_cases() -> Iterator[Case]:
         yield case("bf16", "fp32", 2, 3, "edge", 256, planar)
 
 
+def tubelet_scatter_cases() -> Iterator[Case]:
+    from vitok.ops import tubelet_gather, tubelet_scatter
+
+    def case(dtype: str, q: int, p: int, size: int, last: bool, to_bytes: bool) -> Case:
+        def run() -> None:
+            frames = 1 if q == 1 else 3 * q
+            rows = torch.zeros(2, -(-frames // q) * (-(-size // p)) ** 2, 3 * q * p * p, dtype=DTYPES[dtype])
+            kind, order = torch.uint8 if to_bytes else None, "channels_last" if last else "channels_first"
+            options: dict[str, Any] = {"tubelet": (q, p), "size": (frames, size, size), "layout": order}
+            tubelet_scatter(rows, out_dtype=kind, impl="triton", **options)
+
+        return Case(f"{dtype} {q}x{p} {size} channels {'last' if last else 'first'}{', bytes' * to_bytes}", run)
+
+    def gradient(dtype: str, pad: str, planar: bool) -> Case:
+        def run() -> None:
+            differentiated(tubelet_gather, pixels(dtype, 2, 250, planar), tubelet=(2, 16), pad=pad, dtype=DTYPES[dtype])
+
+        return Case(f"{dtype} gradient of pixels, {pad} 250 {layout(planar)}", run)
+
+    for last in (False, True):
+        yield case("bf16", 1, 16, 256, last, False)
+        yield case("bf16", 1, 16, 256, last, True)
+        yield case("fp32", 4, 8, 128, last, False)
+    yield case("fp16", 1, 16, 250, True, True)
+    for planar in (False, True):
+        yield gradient("fp32", "edge", planar)
+        yield gradient("bf16", "zero", planar)
+
+
 def tubelet_embed_cases() -> Iterator[Case]:
     from vitok.ops import tubelet_embed
 
@@ -277,6 +306,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": attention_cases,
     "gated_mlp_act": gated_mlp_act_cases,
     "tubelet_gather": tubelet_gather_cases,
+    "tubelet_scatter": tubelet_scatter_cases,
     "tubelet_embed": tubelet_embed_cases,
     "tubelet_unembed": tubelet_unembed_cases,
     "pixel_loss": pixel_loss_cases,
