@@ -5,7 +5,11 @@ import torch
 
 import vitok
 
-MODELS = {"demo": lambda: vitok.load("demo"), "S-B/16": lambda: vitok.create_model("S-B/16").eval()}
+MODELS = {
+    "demo": lambda: vitok.load("demo"),
+    "S-B/16": lambda: vitok.create_model("S-B/16").eval(),
+    "S-B/16 in bfloat16": lambda: vitok.create_model("S-B/16").eval().bfloat16(),
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)

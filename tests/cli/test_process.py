@@ -19,7 +19,11 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals a
 
 VITOK = str(Path(sys.executable).with_name("vitok"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+# A shell starts background jobs with SIGINT ignored, nohup with SIGHUP, and what the tests start would inherit that.
+PIPES = {
+    "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT,
+    "preexec_fn": lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
