@@ -9,6 +9,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(command -v "${PYTHON:-python3}")
+[ "${python#/}" != "$python" ] || python=$PWD/$python  # it is called from another folder
 build=${VITOK_SANITIZE_BUILD:-$root/build/sanitize}
 cxx=${CXX:-g++}
 
