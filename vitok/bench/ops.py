@@ -92,19 +92,16 @@ def eager_scatter(rows: Tensor) -> Tensor:
     return pixels.reshape(BATCH, 3, 1, SIDE, SIDE)
 
 
-def token_pixels_inputs(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
-    elements = PATCH * PATCH * 3
-    weight = normal(g, device, dtype, elements, WIDTH) / 28
-    return normal(g, device, dtype, BATCH, TOKENS, WIDTH), weight, normal(g, device, dtype, elements)
+def projection_inputs(
+    device: torch.device, dtype: torch.dtype, g: torch.Generator, columns: int = 3 * WIDTH
+) -> tuple[Any, ...]:
+    """Tokens, and the weight and bias that make `columns` of their width."""
+    weight = normal(g, device, dtype, columns, WIDTH) / 28
+    return normal(g, device, dtype, BATCH, TOKENS, WIDTH), weight, normal(g, device, dtype, columns)
 
 
 def eager_unembed(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return eager_scatter(F.linear(tokens, weight, bias))
-
-
-def linear_inputs(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
-    weight = normal(g, device, dtype, 3 * WIDTH, WIDTH) / 28
-    return normal(g, device, dtype, BATCH, TOKENS, WIDTH), weight, normal(g, device, dtype, 3 * WIDTH)
 
 
 def noise_inputs(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
@@ -214,11 +211,6 @@ def library_call(gate_up: Tensor, out: Tensor) -> Tensor:
 
 def tiny_gate(gate_up: Tensor, out: Tensor) -> Tensor:
     return ops.gated_mlp_act(gate_up)
-
-
-def token_inputs(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
-    weight = normal(g, device, dtype, 2 * CHANNELS, WIDTH) / 28
-    return normal(g, device, dtype, BATCH, TOKENS, WIDTH), weight, normal(g, device, dtype, 2 * CHANNELS)
 
 
 def moments_inputs(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> tuple[Any, ...]:
@@ -337,7 +329,7 @@ def cases() -> list[Case]:
         Case(
             "tubelet_unembed",
             f"{BATCH} x {SIDE} x {SIDE}, width {WIDTH}",
-            token_pixels_inputs,
+            partial(projection_inputs, columns=PATCH * PATCH * 3),
             "linear + permute",
             {
                 "linear + permute": eager_unembed,
@@ -351,7 +343,7 @@ def cases() -> list[Case]:
         Case(
             "linear",
             f"{BATCH * TOKENS} x {WIDTH} to {3 * WIDTH}",
-            linear_inputs,
+            projection_inputs,
             "F.linear",
             {"F.linear": F.linear, **implementations("linear", ops.linear)},
             "linear",
@@ -441,7 +433,7 @@ def cases() -> list[Case]:
         Case(
             "gaussian_bottleneck",
             f"{BATCH} x {TOKENS} tokens, width {WIDTH} to {CHANNELS} channels",
-            token_inputs,
+            partial(projection_inputs, columns=2 * CHANNELS),
             "linear, clamp, randn, KL",
             {"linear, clamp, randn, KL": eager_bottleneck, **implementations("gaussian_bottleneck", bottleneck)},
             "gaussian_bottleneck",

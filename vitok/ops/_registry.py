@@ -151,9 +151,9 @@ def preferences() -> list[Preference]:
         for dtype in (torch.uint8,) if pixels else (torch.bfloat16, torch.float32):
             for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
                 order = tuple(i.name for i in op.orders[device == "cuda", dtype] if not i.missing)
-                measured = op.measured.get(_key(device, dtype))
-                why = measured["why"] if measured else "not measured here: the op's own order"
-                where, _, name = _key(device, dtype).partition(" ")
+                key = _key(device, dtype)
+                why = op.measured.get(key, {}).get("why", "not measured here: the op's own order")
+                where, _, name = key.partition(" ")
                 lines.append(Preference(op.name, where, name, order, why))
     return lines
 
