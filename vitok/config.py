@@ -50,7 +50,8 @@ class ViTokConfig:
     Switches (see docs/model.md): `norm`, `block`, `gate` and the biases shape a block; `bottleneck` is the latent
     distribution; `rope` and `absolute` are the positions; `pixel_bias` is one bias a colour or one an element of a
     tubelet; `pad` fills sizes that are no multiple of the tubelet; `layer_scale` is the initial gamma or None;
-    `clip_frames` is how many frames the weights were trained on at once, and so the chunk in which clips are streamed.
+    `clip_frames` is how many frames the weights were trained on at once, and so the chunk in which clips are streamed;
+    `window` lets a token attend only to those at most so many away in row-major order, None to all.
     """
 
     name: str
@@ -83,17 +84,20 @@ class ViTokConfig:
     pixel_bias: str
     pad: str
     clip_frames: int
+    window: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), str(field.type)
+            value, kind = getattr(self, field.name), str(field.type).removesuffix(" | None")
+            if value is None and kind != field.type:
+                continue
             wanted: tuple[type, ...] = {"int": (int,), "bool": (bool,), "str": (str,)}.get(kind, (int, float))
-            nullable = value is None and kind.endswith("None")
-            if not nullable and (not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool")):
-                raise InputError(f"config field {field.name!r} must be of type {kind}, got {value!r}")
+            of_kind = isinstance(value, wanted) and (kind == "bool" or not isinstance(value, bool))
+            if not of_kind:
+                raise InputError(f"config field {field.name!r} must be of type {field.type}, got {value!r}")
             if kind == "int" and value < (0 if field.name.endswith("depth") else 1):
                 raise InputError(f"config field {field.name!r} must be positive, got {value}")
-            if wanted == (int, float) and value is not None:
+            if wanted == (int, float):
                 if not math.isfinite(value) or (value <= 0 and field.name != "layer_scale"):
                     raise InputError(f"config field {field.name!r} must be positive and finite, got {value}")
                 object.__setattr__(self, field.name, float(value))  # 1 and 1.0 are one config, with one hash
@@ -151,18 +155,23 @@ class ViTokConfig:
 
     @classmethod
     def from_dict(cls, values: Any) -> ViTokConfig:
-        """The inverse of `to_dict`; InputError names fields that are missing or unknown."""
+        """The inverse of `to_dict`; InputError names fields that are unknown, or missing and without a default."""
         if not isinstance(values, dict):
             raise InputError(f"a model config must be a JSON object, got {type(values).__name__}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        for problem, fields in (("lacks", known - values.keys()), ("has unknown", values.keys() - known)):
+        every = dataclasses.fields(cls)
+        known = {field.name for field in every}
+        needed = {field.name for field in every if field.default is dataclasses.MISSING}
+        for problem, fields in (("lacks", needed - values.keys()), ("has unknown", values.keys() - known)):
             if fields:
                 raise InputError(f"the model config {problem} field(s) {listed(fields)}")
         return cls(**values)
 
     def hash(self) -> str:
-        """16 hex digits that change with any field but the name and preset, which are only labels."""
-        fields = {k: v for k, v in self.to_dict().items() if k not in ("name", "preset")}
+        """16 hex digits that change with any field but the name and preset, which are only labels.
+
+        No window is left out: files made before there were windows stay those of the same model.
+        """
+        fields = {k: v for k, v in self.to_dict().items() if k not in ("name", "preset") and (k, v) != ("window", None)}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod

@@ -62,8 +62,8 @@ def count(
     decoder_params = (
         _linear(config.channels, decoder.width) + _stack_params(config, decoder) + decoder.width * elements + pixel_bias
     )
-    encoder_macs = tokens * encoder.width * (elements + latent_width) + _stack_macs(encoder, tokens)
-    decoder_macs = tokens * decoder.width * (elements + config.channels) + _stack_macs(decoder, tokens)
+    encoder_macs = tokens * encoder.width * (elements + latent_width) + _stack_macs(encoder, tokens, config.window)
+    decoder_macs = tokens * decoder.width * (elements + config.channels) + _stack_macs(decoder, tokens, config.window)
     macs = encoder_macs + decoder_macs
     return Count(
         params=encoder_params + decoder_params,
@@ -98,7 +98,8 @@ def _stack_params(config: ViTokConfig, stack: StackConfig) -> int:
     return stack.depth * block + norm * config.final_norm
 
 
-def _stack_macs(stack: StackConfig, tokens: int) -> int:
-    linear = stack.width * (4 * stack.width + 3 * stack.hidden)
-    attention = 2 * tokens * stack.width
-    return stack.depth * tokens * (linear + attention)
+def _stack_macs(stack: StackConfig, tokens: int, window: int | None) -> int:
+    linear = tokens * stack.width * (4 * stack.width + 3 * stack.hidden)
+    reach = tokens - 1 if window is None else min(window, tokens - 1)
+    pairs = tokens * (2 * reach + 1) - reach * (reach + 1)  # of a query and a key that it sees
+    return stack.depth * (linear + 2 * pairs * stack.width)

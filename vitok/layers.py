@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitok import ops
 from vitok.config import StackConfig, ViTokConfig
+from vitok.ops.linear import autocast
 from vitok.positions import coordinates, rope_table, sincos_table
 
 
@@ -31,7 +32,10 @@ class TubeletEmbed(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.encoder_width, config.tubelet_elements))
         self.bias = nn.Parameter(torch.empty(config.encoder_width))
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, chunk: int | None = None) -> Tensor:
+        if chunk is not None:
+            parts = _slabs(pixels.shape[:4], self.tubelet, chunk)
+            return torch.cat([self(pixels[:, frames, rows]) for frames, rows, _ in parts], 1)
         return ops.tubelet_embed(pixels, self.weight, self.bias, tubelet=self.tubelet, pad=self.pad)
 
 
@@ -44,13 +48,33 @@ class TubeletUnembed(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.tubelet_elements, config.decoder_width))
         self.bias = nn.Parameter(torch.empty(3 if config.pixel_bias == "channel" else config.tubelet_elements))
 
-    def forward(self, tokens: Tensor, size: tuple[int, int, int]) -> Tensor:
+    def forward(self, tokens: Tensor, size: tuple[int, int, int], chunk: int | None = None) -> Tensor:
+        if chunk is not None:
+            out = tokens.new_empty((tokens.shape[0], 3, *size), dtype=autocast(tokens))
+            for frames, rows, at in _slabs((tokens.shape[0], *size), self.tubelet, chunk):
+                part = out[:, :, frames, rows]
+                part.copy_(self(tokens[:, at], tuple(part.shape[2:])))
+            return out
         return ops.tubelet_unembed(tokens, self.weight, self.bias, tubelet=self.tubelet, size=size)
 
     def rows(self, tokens: Tensor) -> Tensor:
         """The pixels as rows [B, L, q * p * p * 3], a tubelet each."""
         bias = self.bias if len(self.bias) == len(self.weight) else self.bias.repeat(len(self.weight) // 3)
         return ops.linear(tokens, self.weight, bias)
+
+
+def _slabs(shape: Sequence[int], tubelet: tuple[int, int], chunk: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Clips [B, T, H, W] cut between tubelets, about `chunk` tokens a slab: its frames, its rows of pixels, its tokens.
+
+    A slab is some whole steps in time or some rows of one, at least a row, so that its tokens lie side by side.
+    """
+    (batch, *size), (q, p) = shape, tubelet
+    t, h, w = (-(-n // step) for n, step in zip(size, (q, p, p), strict=True))
+    steps, rows = max(1, chunk // (batch * h * w)), min(h, max(1, chunk // (batch * w)))
+    for a in range(0, t, steps):
+        for b in range(0, h, rows):
+            end = min(a + steps, t) * h * w if rows == h else (a * h + min(b + rows, h)) * w
+            yield slice(a * q, (a + steps) * q), slice(b * p, (b + rows) * p), slice((a * h + b) * w, end)
 
 
 class Norm(nn.Module):
@@ -76,7 +100,9 @@ class Places(NamedTuple):
     rope: Tensor | None
     """[2, L, head_dim / 2], see `vitok.positions.rope_table`."""
     cu_seqlens: Tensor | None = None
-    """[segments + 1], see `vitok.ops.attention`; None where every token sees every other."""
+    """[segments + 1], see `vitok.ops.attention`; None where all tokens are of one picture or clip."""
+    window: int | None = None
+    """How many tokens away a token still sees; None for any."""
 
 
 class Attention(nn.Module):
@@ -91,10 +117,14 @@ class Attention(nn.Module):
         self.k_norm = nn.Parameter(torch.ones(stack.head_dim)) if config.qk_norm else None
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        rope, cu_seqlens = places
-        out = ops.attention(qkv, self.q_norm, self.k_norm, rope, eps=self.eps, cu_seqlens=cu_seqlens)
-        return self.proj(out.flatten(-2))
+        return self.proj(self.attend(self.qkv(x), places))
+
+    def attend(self, qkv: Tensor, places: Places) -> Tensor:
+        """The packed projection [B, L, 3 * width] to what the heads gather, [B, L, width]; only here do tokens meet."""
+        rope, cu_seqlens, window = places
+        heads = qkv.unflatten(-1, (3, self.heads, -1))
+        out = ops.attention(heads, self.q_norm, self.k_norm, rope, eps=self.eps, window=window, cu_seqlens=cu_seqlens)
+        return out.flatten(-2)
 
 
 class FeedForward(nn.Module):
@@ -112,6 +142,9 @@ class FeedForward(nn.Module):
 
 # What a block hands on: its last branch and the branch's LayerScale, not yet added to the residual stream, so that the
 # addition is one pass with the norm that follows, in the next block.
+#
+# A block is attention between two halves that work on every token by itself: `enter` up to the packed projection and
+# `leave` from what the heads gathered. `Stack` runs the halves over some tokens at a time to bound memory.
 Branch = tuple[Tensor, Tensor | None]
 
 
@@ -132,6 +165,14 @@ class SerialBlock(nn.Module):
         h, x = self.feed_forward_norm(x, (self.attention(h, places), self.attention_scale))
         return x, (self.feed_forward(h), self.feed_forward_scale)
 
+    def enter(self, x: Tensor, branch: Branch | None) -> tuple[Tensor, Tensor]:
+        h, x = self.attention_norm(x, branch)
+        return self.attention.qkv(h), x
+
+    def leave(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Branch]:
+        h, x = self.feed_forward_norm(x, (self.attention.proj(attended), self.attention_scale))
+        return x, (self.feed_forward(h), self.feed_forward_scale)
+
 
 class ParallelBlock(nn.Module):
     """x + attention(norm(x)) + feed_forward(norm(x)), one norm for both (arXiv:2302.05442)."""
@@ -147,6 +188,14 @@ class ParallelBlock(nn.Module):
         h, x = self.norm(x, branch)
         return x, (self.attention(h, places) + self.feed_forward(h), self.scale)
 
+    def enter(self, x: Tensor, branch: Branch | None) -> tuple[Tensor, Tensor]:
+        h, x = self.norm(x, branch)
+        return self.attention.qkv(h), x
+
+    def leave(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Branch]:
+        h, _ = self.norm(x)  # once more: keeping it would take as much memory as x
+        return x, (self.attention.proj(attended) + self.feed_forward(h), self.scale)
+
 
 Grid = tuple[int, int, int]  # tokens in time, height and width
 
@@ -154,7 +203,8 @@ Grid = tuple[int, int, int]  # tokens in time, height and width
 class Stack(nn.Module):
     """Transformer blocks with positions and a final norm: tokens [B, L, width] of a (t, h, w) grid, same shape out.
 
-    `packed` does so for tokens of several grids in one pass.
+    `packed` does so for tokens of several grids in one pass. With a `chunk`, everything outside attention works on so
+    many tokens at a time and in place of the tokens given: bounded memory, the same numbers but for rounding.
     """
 
     def __init__(self, config: ViTokConfig, stack: StackConfig) -> None:
@@ -164,11 +214,11 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(block(config, stack) for _ in range(stack.depth))
         self.norm = Norm(stack.width, config.norm, config.norm_eps) if config.final_norm else None
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, chunk: int | None = None) -> Tensor:
         rope, absolute = self._tables(grid, x.device)
-        return self._run(x, absolute, Places(rope))
+        return self._run(x, absolute, Places(rope, window=self.config.window), chunk)
 
-    def packed(self, tokens: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+    def packed(self, tokens: Sequence[Tensor], grids: Sequence[Grid], chunk: int | None = None) -> list[Tensor]:
         """What `forward` makes of each [B, L, width] with its grid: all sequences one behind the other, none padded."""
         device = tokens[0].device
         every = [grid for x, grid in zip(tokens, grids, strict=True) for _ in x]  # one a sequence
@@ -178,7 +228,8 @@ class Stack(nn.Module):
         absolute = None if absolutes[0] is None else torch.cat(absolutes)
         ends = torch.tensor([0, *accumulate(map(prod, every))], dtype=torch.int32, device=device)
         joined = torch.cat([x.flatten(0, 1) for x in tokens])[None]
-        out = self._run(joined, absolute, Places(rope, ends))[0].split([x.shape[0] * x.shape[1] for x in tokens])
+        places = Places(rope, ends, self.config.window)
+        out = self._run(joined, absolute, places, chunk)[0].split([x.shape[0] * x.shape[1] for x in tokens])
         return [y.unflatten(0, x.shape[:2]) for x, y in zip(tokens, out, strict=True)]
 
     def _tables(self, grid: Grid, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -187,12 +238,36 @@ class Stack(nn.Module):
         rope = rope_table(coords, grid, self.stack.head_dim, self.config.rope, self.config.rope_theta)
         return rope, sincos_table(coords, self.stack.width) if self.config.absolute == "sincos" else None
 
-    def _run(self, x: Tensor, absolute: Tensor | None, places: Places) -> Tensor:
+    def _run(self, x: Tensor, absolute: Tensor | None, places: Places, chunk: int | None) -> Tensor:
         if absolute is not None:
             x = x + absolute.to(x.dtype)
+        if chunk is not None:
+            return self._run_chunks(x, places, chunk)
         branch = None
         for block in self.blocks:
             x, branch = block(x, branch, places)
+        return self._last(x, branch)
+
+    def _run_chunks(self, x: Tensor, places: Places, chunk: int) -> Tensor:
+        """The same in place: beside x only one packed projection and what one attention gathers are ever whole."""
+        rows = x.flatten(0, 1)
+        qkv = x.new_empty((len(rows), 3 * x.shape[-1]), dtype=autocast(x))
+        attended = None
+        for last, block in pairwise((None, *self.blocks, None)):
+            for at in (slice(i, i + chunk) for i in range(0, len(rows), chunk)):
+                part, branch = rows[at], None
+                if attended is not None:
+                    part, branch = last.leave(part, attended[at])
+                if block is None:
+                    rows[at] = self._last(part, branch)
+                    continue
+                qkv[at], rows[at] = block.enter(part, branch)
+            attended = None  # before the next is made
+            if block is not None:
+                attended = block.attention.attend(qkv.unflatten(0, x.shape[:2]), places).flatten(0, 1)
+        return rows.view(x.shape)
+
+    def _last(self, x: Tensor, branch: Branch | None) -> Tensor:
         if self.norm is not None:
             return self.norm(x, branch)[0]
         return x if branch is None else x + _scaled(*branch)

@@ -13,6 +13,7 @@ from vitok.bottlenecks import BOTTLENECKS, Posterior
 from vitok.config import ViTokConfig
 from vitok.errors import InputError
 from vitok.layers import Linear, Stack, TubeletEmbed, TubeletUnembed
+from vitok.memory import plan
 
 
 class Encoder(nn.Module):
@@ -23,16 +24,16 @@ class Encoder(nn.Module):
         self.stack = Stack(config, config.encoder)
         self.bottleneck = BOTTLENECKS[config.bottleneck](config.encoder_width, config.channels)
 
-    def forward(self, clip: Tensor, image: bool = False) -> Posterior:
+    def forward(self, clip: Tensor, image: bool = False, chunk: int | None = None) -> Posterior:
         """Pixels [B, T, H, W, 3] to the posterior; `image` leaves the time axis out of its shapes."""
         grid = self.config.grid(*clip.shape[1:4])
-        tokens = self.stack(self.embed(clip), grid)
+        tokens = self.stack(self.embed(clip, chunk), grid, chunk)
         return self.bottleneck(tokens, grid[1:] if image else grid)
 
-    def packed(self, clips: Sequence[Tensor], images: Sequence[bool]) -> list[Posterior]:
+    def packed(self, clips: Sequence[Tensor], images: Sequence[bool], chunk: int | None = None) -> list[Posterior]:
         """What `forward` makes of each, with one pass of the blocks over the tokens of all."""
         grids = [self.config.grid(*clip.shape[1:4]) for clip in clips]
-        tokens = self.stack.packed([self.embed(clip) for clip in clips], grids)
+        tokens = self.stack.packed([self.embed(clip, chunk) for clip in clips], grids, chunk)
         shapes = [grid[1:] if image else grid for grid, image in zip(grids, images, strict=True)]
         return [self.bottleneck(x, shape) for x, shape in zip(tokens, shapes, strict=True)]
 
@@ -45,20 +46,22 @@ class Decoder(nn.Module):
         self.stack = Stack(config, config.decoder)
         self.unembed = TubeletUnembed(config)
 
-    def forward(self, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
+    def forward(self, latents: Tensor, size: tuple[int, int, int], chunk: int | None = None) -> Tensor:
         """Latents [B, c, t, h, w] to pixels [B, 3, T, H, W] for size (T, H, W)."""
-        return self.unembed(self.tokens(latents), size)
+        return self.unembed(self.tokens(latents, chunk), size, chunk)
 
-    def packed(self, latents: Sequence[Tensor], sizes: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+    def packed(
+        self, latents: Sequence[Tensor], sizes: Sequence[tuple[int, int, int]], chunk: int | None = None
+    ) -> list[Tensor]:
         """What `forward` makes of each, with one pass of the blocks over the tokens of all."""
         grids = [(z.shape[2], z.shape[3], z.shape[4]) for z in latents]
-        tokens = self.stack.packed([self.from_latents(z.flatten(2).transpose(1, 2)) for z in latents], grids)
-        return [self.unembed(x, size) for x, size in zip(tokens, sizes, strict=True)]
+        tokens = self.stack.packed([self.from_latents(z.flatten(2).transpose(1, 2)) for z in latents], grids, chunk)
+        return [self.unembed(x, size, chunk) for x, size in zip(tokens, sizes, strict=True)]
 
-    def tokens(self, latents: Tensor) -> Tensor:
+    def tokens(self, latents: Tensor, chunk: int | None = None) -> Tensor:
         """Latents [B, c, t, h, w] to the tokens [B, L, width] that pixels are made of."""
         tokens = self.from_latents(latents.flatten(2).transpose(1, 2))
-        return self.stack(tokens, tuple(latents.shape[2:]))
+        return self.stack(tokens, tuple(latents.shape[2:]), chunk)
 
 
 class ViTok(nn.Module):
@@ -91,33 +94,47 @@ class ViTok(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def encode(self, pixels: Tensor, *, layout: str = "auto") -> Posterior:
+    def encode(self, pixels: Tensor, *, layout: str = "auto", chunk: int | None = None) -> Posterior:
         """Encode pictures or clips.
 
         Args:
             pixels: as in the class docstring. Floats on the CPU are checked for range and NaN.
             layout: "channels_first", "channels_last" or "auto", which looks for the dimension of size 3 and raises
                 InputError where both could be meant.
+            chunk: without gradients, work on so many tokens at a time outside attention, which bounds the memory and
+                changes results by rounding at most. None chooses: all at once up to 16384 tokens, then chunks of as
+                many, or fewer where memory is short.
 
         Returns: a posterior with .mean, .logvar, .mode(), .sample(seed=...) and .kl().
-        Raises InputError for a wrong rank, channel count, dtype or range.
+        Raises InputError for a wrong rank, channel count, dtype or range, and for more than there is memory for.
         """
         clip, image = as_clip(pixels, layout)
         check_range(clip)
-        return self.encoder(clip.to(self.device), image)
+        chunk = self._plan_encode([clip], chunk)
+        return self.encoder(clip.to(self.device), image, chunk)
 
-    def decode(self, latents: Tensor, *, size: tuple[int, ...] | None = None) -> Tensor:
+    def decode(self, latents: Tensor, *, size: tuple[int, ...] | None = None, chunk: int | None = None) -> Tensor:
         """Decode latents to pixels in (about) [-1, 1], not clamped: [B, 3, H, W] or [B, 3, T, H, W], the model's dtype.
 
         Args:
             latents: [B, c, h, w] or [B, c, t, h, w].
             size: (H, W) or (T, H, W) to crop to, by default everything the latents cover.
+            chunk: as in `encode`.
 
-        Raises InputError when the latents' shape is not this model's or the size does not fit them.
+        Raises InputError when the latents' shape is not this model's, the size does not fit them or memory is short.
         """
         clip, full = self._checked(latents, size)
-        pixels = self.decoder(clip, full)
+        pixels = self.decoder(clip, full, self._plan_decode([clip], chunk))
         return pixels.squeeze(2) if latents.dim() == 4 else pixels
+
+    def _plan_encode(self, clips: Sequence[Tensor], chunk: int | None) -> int | None:
+        grids = [(len(clip), *self.config.grid(*clip.shape[1:4])) for clip in clips]
+        moved = sum(clip.nbytes for clip in clips if clip.device != self.device)
+        return plan(self.config, grids, self.encoder.embed.weight, chunk, decoding=False, moved=moved)
+
+    def _plan_decode(self, latents: Sequence[Tensor], chunk: int | None) -> int | None:
+        grids = [(len(z), z.shape[2], z.shape[3], z.shape[4]) for z in latents]
+        return plan(self.config, grids, self.decoder.unembed.weight, chunk, decoding=True)
 
     def _checked(self, latents: Tensor, size: tuple[int, ...] | None) -> tuple[Tensor, tuple[int, int, int]]:
         """Latents [B, c, t, h, w] on the model's device, in its dtype, and the (T, H, W) that is wanted of them."""
@@ -150,12 +167,15 @@ class ViTok(nn.Module):
             )
         return latents, (full[0], full[1], full[2])
 
-    def encode_packed(self, items: Sequence[Tensor], *, layout: str = "auto") -> list[Posterior]:
+    def encode_packed(
+        self, items: Sequence[Tensor], *, layout: str = "auto", chunk: int | None = None
+    ) -> list[Posterior]:
         """Encode pictures and clips of any sizes in one pass, without padding: `[self.encode(x) for x in items]`.
 
         Args:
             items: what `encode` takes, each a batch of its own size: [B, 3, H, W], [B, T, H, W, 3] and so on.
             layout: as in `encode`, of all items.
+            chunk: as in `encode`, of the tokens of all items.
 
         Returns: a posterior for each item, equal to that of `encode` but for rounding: tokens attend within their own
         picture or clip. Raises InputError for an empty list, and for an item as `encode` does, naming it.
@@ -165,18 +185,24 @@ class ViTok(nn.Module):
             with _named("item", number):
                 clip, image = as_clip(pixels, layout)
                 check_range(clip)
-            clips.append(clip.to(self.device))
+            clips.append(clip)
             images.append(image)
-        return self.encoder.packed(clips, images)
+        chunk = self._plan_encode(clips, chunk)
+        return self.encoder.packed([clip.to(self.device) for clip in clips], images, chunk)
 
     def decode_packed(
-        self, latents: Sequence[Tensor], *, sizes: Sequence[tuple[int, ...] | None] | None = None
+        self,
+        latents: Sequence[Tensor],
+        *,
+        sizes: Sequence[tuple[int, ...] | None] | None = None,
+        chunk: int | None = None,
     ) -> list[Tensor]:
         """Decode latents of any sizes in one pass, without padding: `[self.decode(z, size=s) for z, s in ...]`.
 
         Args:
             latents: what `decode` takes, each a batch of its own size.
             sizes: a size for each, or None for all that the latents cover.
+            chunk: as in `encode`, of the tokens of all latents.
 
         Returns: pixels of each, as `decode` gives them but for rounding. Raises InputError for an empty list, for as
         many sizes as there are not latents, and for one of them as `decode` does, naming it.
@@ -190,7 +216,7 @@ class ViTok(nn.Module):
                 clip, covered = self._checked(z, size)
             clips.append(clip)
             full.append(covered)
-        decoded = self.decoder.packed(clips, full)
+        decoded = self.decoder.packed(clips, full, self._plan_decode(clips, chunk))
         return [x.squeeze(2) if z.dim() == 4 else x for x, z in zip(decoded, latents, strict=True)]
 
     def decode_patches(self, latents: Tensor) -> Tensor:
