@@ -387,6 +387,19 @@ def test_cuda_without_a_gpu(vitok, files, models, tmp_path, device):
     only_error(result, f"--device '{device}' cannot be used: ")
 
 
+@pytest.mark.parametrize("command", ["reconstruct", "encode", "decode"])
+def test_more_than_there_is_memory_for(vitok, files, models, tmp_path, monkeypatch, command):
+    source = files.picture(tmp_path / "a.png")
+    if command == "decode":
+        assert vitok("encode", source, "--out", tmp_path / "l", "--model", models.pictures).code == 0
+        source = tmp_path / "l" / "a.safetensors"
+    monkeypatch.setattr("vitok.memory.SMALL", 0)
+    monkeypatch.setattr("vitok.memory.available", lambda device: 10_000)
+    result = vitok(command, source, "--out", tmp_path / "o", "--model", models.pictures)
+    wanted = f"{source}: there is not enough memory to {'decode' if command == 'decode' else 'encode'} 12 tokens: "
+    only_error(result, re.escape(wanted) + "it takes about .* and cpu has .* left; smaller or fewer pictures")
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
