@@ -253,11 +253,11 @@ class Stack(nn.Module):
         rows = x.flatten(0, 1)
         qkv = x.new_empty((len(rows), 3 * x.shape[-1]), dtype=autocast(x))
         attended = None
-        for last, block in pairwise((None, *self.blocks, None)):
+        for done, block in pairwise((None, *self.blocks, None)):
             for at in (slice(i, i + chunk) for i in range(0, len(rows), chunk)):
                 part, branch = rows[at], None
                 if attended is not None:
-                    part, branch = last.leave(part, attended[at])
+                    part, branch = done.leave(part, attended[at])
                 if block is None:
                     rows[at] = self._last(part, branch)
                     continue

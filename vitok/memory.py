@@ -50,7 +50,8 @@ def plan(
         chunk: what the caller asks for, or None to choose here.
         moved: bytes of pixels that have yet to get to the model's device.
 
-    Raises InputError when there is not as much memory as the plan takes, or for a chunk that cannot be.
+    Where torch.compile traces, what the caller asks for is taken as it is. Raises InputError when there is not as much
+    memory as the plan takes, or for a chunk that cannot be.
     """
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise InputError(f"chunk must be a positive number of tokens or None, got {chunk!r}")
