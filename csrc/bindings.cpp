@@ -72,6 +72,16 @@ class Reader {
             throw std::invalid_argument(std::string(op_) + ": " + name + " is '" + dtype +
                                         "'; it must be uint8, float16, bfloat16, float32 or float64");
     }
+    void read(py::handle value, vitok::PackedType& field, const char* name) const {
+        const char* text = PyUnicode_Check(value.ptr()) ? PyUnicode_AsUTF8(value.ptr()) : nullptr;
+        const std::string type = text ? text : "";
+        if (type == "float32") field = vitok::PackedType::float32;
+        else if (type == "bfloat16") field = vitok::PackedType::bfloat16;
+        else if (type == "int8") field = vitok::PackedType::int8;
+        else
+            throw std::invalid_argument(std::string(op_) + ": " + name + " is '" + type +
+                                        "'; it must be float32, bfloat16 or int8");
+    }
     // Addresses; 0 is the null pointer and means that the tensor is absent.
     template <class T>
     void read(py::handle value, T*& field, const char* name) const {

@@ -7,6 +7,7 @@
 #include "gaussian_sample.h"
 #include "noise.h"
 #include "norm.h"
+#include "packed_linear.h"
 #include "pixel_loss.h"
 #include "qk_norm_rope.h"
 #include "tubelet_gather.h"
@@ -27,7 +28,9 @@
     op(tubelet_gather, TubeletGather)                    \
     op(tubelet_scatter, TubeletScatter)
 
-// On the CPU alone: GPUs have Triton's attention and those of other libraries.
-#define VITOK_CPU_OPS(op)                      \
-    op(attention_backward, AttentionBackward)  \
-    op(attention_forward, AttentionForward)
+// On the CPU alone: GPUs have Triton's attention and the attention and matrix products of other libraries.
+#define VITOK_CPU_OPS(op)                     \
+    op(attention_backward, AttentionBackward) \
+    op(attention_forward, AttentionForward)   \
+    op(linear_pack, LinearPack)               \
+    op(packed_linear, PackedLinear)

@@ -3,10 +3,7 @@
 
 #include "../common/attention.h"
 #include "dispatch.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "team.h"
 
 namespace vitok {
 namespace VITOK_ISA {
@@ -15,13 +12,9 @@ namespace {
 // Below this many products of a query with a key and an element the fork costs more than the threads save.
 constexpr int64_t kParallelProducts = 1 << 17;
 
-// The keys that a query sees, or in the backward the queries that see a key.
-struct Interval {
-    int64_t begin, end;
-};
-
 VITOK_INLINE int64_t round_down(int64_t a, int64_t step) { return a / step * step; }
 
+// An interval is the keys that a query sees, or in the backward the queries that see a key.
 // One interval a query; both ends never decrease from one query to the next.
 static inline void fill_intervals(const AttentionInputs& g, Interval* keys) {
     const int64_t tokens = g.tokens();
@@ -50,33 +43,6 @@ static inline void fill_intervals(const AttentionInputs& g, Interval* keys) {
         }
     }
 }
-
-// This thread among those that work together.
-struct Team {
-    int64_t thread = 0, threads = 1;
-
-    static Team current() {
-        Team team;
-#if defined(_OPENMP)
-        team.thread = omp_get_thread_num();
-        team.threads = omp_get_num_threads();
-#endif
-        return team;
-    }
-    void barrier() const {
-#if defined(_OPENMP)
-        if (threads > 1) {
-#pragma omp barrier
-        }
-#endif
-    }
-    // This thread's part of items 0 .. n - 1.
-    Interval share(int64_t n) const {
-        const int64_t each = n / threads, rest = n % threads;
-        const int64_t begin = each * thread + smaller(thread, rest);
-        return {begin, begin + each + (thread < rest)};
-    }
-};
 
 // Scratch from the first address that is a multiple of 64 on: intervals, then the slots' matrices.
 struct Scratch {

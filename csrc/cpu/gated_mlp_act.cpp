@@ -2,7 +2,7 @@
 // standard library templates in here, because their inline copies would leak across instruction sets.
 #include "../common/gated_mlp_act.h"
 #include "dispatch.h"
-#include "lanes.h"
+#include "gate_lanes.h"
 
 namespace vitok {
 namespace VITOK_ISA {
@@ -10,25 +10,6 @@ namespace {
 
 // Below this many elements the fork costs more than the threads save.
 constexpr int64_t kParallelElements = 1 << 14;
-
-template <bool kGelu>
-VITOK_INLINE void gate_distribution(Lanes x, Lanes& c, Lanes& slope) {
-    if (kGelu) {
-        Lanes density;
-        c = lanes_normal(x, density);
-        slope = lanes_fma(x, density, c);
-    } else {
-        c = lanes_logistic(x);
-        slope = lanes_fma(x * c, 1.0f - c, c);
-    }
-}
-
-template <bool kGelu>
-VITOK_INLINE Lanes gated(Lanes gate, Lanes up) {
-    Lanes c, slope;
-    gate_distribution<kGelu>(gate, c, slope);
-    return vitok::gated(gate, up, c);
-}
 
 template <bool kGelu>
 VITOK_INLINE void gated_gradients(Lanes grad, Lanes gate, Lanes up, Lanes& dgate, Lanes& dup) {

@@ -1,0 +1,90 @@
+// Tiles of a matrix product whose sums stay in registers: what attention's products and the packed linear share.
+#pragma once
+
+#include "bf16_dot.h"
+
+namespace vitok {
+namespace VITOK_ISA {
+namespace {
+
+// The micro-kernel keeps kRows x kWide vectors of sums in registers, beside kWide of a matrix and one broadcast element.
+#if defined(__AVX512F__)
+constexpr int kRows = 12, kWide = 2;
+#elif defined(__aarch64__)
+constexpr int kRows = 6, kWide = 4;
+#else
+constexpr int kRows = 6, kWide = 2;
+#endif
+
+// Units of 4 bytes are what the micro-kernel broadcasts and what a lane holds: an fp32 number, or a pair of bf16.
+// narrow_row makes units of neighbouring numbers of a row; join_row makes them of the same places of kElements rows, which
+// come one after another: `index` is the row's number. Sum is a vector of sums of their products.
+struct Singles {
+    using Unit = float;
+    using Vector = Lanes;
+    using Sum = Lanes;
+    static constexpr int kElements = 1;
+    static constexpr bool kIntegers = false;
+    VITOK_INLINE Vector load(const Unit* from) { return lanes_load(from); }
+    VITOK_INLINE Vector broadcast(const Unit* from) { return lanes_set(*from); }
+    VITOK_INLINE Vector vector(Lanes units) { return units; }
+    VITOK_INLINE Lanes add(Vector a, Vector b, Lanes sum) { return lanes_fma(a, b, sum); }
+    VITOK_INLINE void narrow_row(const float* from, int64_t n, Unit* to) {
+        for (int64_t i = 0; i < n; i += kLanes) lanes_store(to + i, lanes_load(from + i));
+    }
+    VITOK_INLINE void join_row(const float* from, int64_t n, int64_t, Unit* to) { narrow_row(from, n, to); }
+};
+
+#if defined(VITOK_BF16_DOT)
+struct Pairs {
+    using Unit = uint32_t;
+    using Vector = __m512i;
+    using Sum = Lanes;
+    static constexpr int kElements = 2;
+    static constexpr bool kIntegers = false;
+    VITOK_INLINE Vector load(const Unit* from) { return _mm512_loadu_si512(from); }
+    VITOK_INLINE Vector broadcast(const Unit* from) { return _mm512_set1_epi32(static_cast<int>(*from)); }
+    VITOK_INLINE Vector vector(Lanes units) { return _mm512_castps_si512(units); }
+    VITOK_INLINE Lanes add(Vector a, Vector b, Lanes sum) { return bf16_dot(sum, a, b); }
+    VITOK_INLINE void narrow_row(const float* from, int64_t n, Unit* to) {
+        for (int64_t i = 0; i < n; i += kLanes)
+            lanes_store(reinterpret_cast<bf16*>(to + i / 2), lanes_load(from + i));
+    }
+    VITOK_INLINE void join_row(const float* from, int64_t n, int64_t index, Unit* to) {
+        for (int64_t i = 0; i < n; i += kLanes) {
+            UnsignedLanes units = lanes_round_bf16(lanes_load(from + i)), others;
+            if (index % 2 == 0) {
+                units >>= 16;
+            } else {
+                memcpy(&others, to + i, sizeof others);
+                units = (units & 0xffff0000u) | others;
+            }
+            memcpy(to + i, &units, sizeof units);
+        }
+    }
+};
+using Bfloat16 = Pairs;  // how bf16 tensors are multiplied
+#else
+using Bfloat16 = Singles;
+#endif
+
+// sum[r][w] += sum_k a[r * row + k * step] * b[k * b_step + lanes of vector w]
+template <class Dot, int W>
+VITOK_INLINE void multiply(const typename Dot::Unit* a, int64_t row, int64_t step, const typename Dot::Unit* b,
+                           int64_t b_step, int64_t depth, typename Dot::Sum (&sum)[kRows][W]) {
+    for (int64_t k = 0; k < depth; ++k, a += step, b += b_step) {
+        typename Dot::Vector column[W];
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) column[w] = Dot::load(b + w * kLanes);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+            const typename Dot::Vector x = Dot::broadcast(a + r * row);
+#pragma GCC unroll 4
+            for (int w = 0; w < W; ++w) sum[r][w] = Dot::add(x, column[w], sum[r][w]);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace VITOK_ISA
+}  // namespace vitok

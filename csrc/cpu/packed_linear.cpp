@@ -1,0 +1,218 @@
+// PackedLinear of common/packed_linear.h on the CPU. Compiled once per instruction set, in the namespace VITOK_ISA; no standard
+// library templates in here.
+//
+// A thread makes units of a block of rows in its own scratch memory, which stays in its second cache, and multiplies them with
+// one panel after another, which come from far away: while it works with one it fetches the next. Every element is summed by
+// one thread, in the same order however the work is divided.
+#include "../common/packed_linear.h"
+
+#include "dispatch.h"
+#include "gate_lanes.h"
+#include "packed_rows.h"
+#include "team.h"
+
+namespace vitok {
+namespace VITOK_ISA {
+namespace {
+
+constexpr int64_t kCache = 1 << 19;  // bytes of a block of rows: half a second cache, beside the panels
+constexpr int64_t kChunk = 64;       // units between two fetches
+static_assert(kPackedRows % kRows == 0 && kPackedColumns % (kWide * kLanes) == 0, "tiles divide blocks and panels");
+static_assert(kPackedColumns / 2 % kLanes == 0, "vectors divide the halves of a gated panel");
+
+// What is to be in the cache soon, fetched a little at a time.
+struct Ahead {
+    const char *at, *end;
+    int64_t step;
+
+    void fetch() {
+        for (const char* const stop = at + smaller(step, end - at); at < stop; at += 64) __builtin_prefetch(at, 0, 2);
+    }
+};
+
+// The units of a panel, which is made of `units` of its own: in `room` where they are not as they were packed.
+template <class Dot>
+VITOK_INLINE const typename Dot::Unit* open_panel(Dot, PackedType, const void* panel, int64_t, typename Dot::Unit*) {
+    return static_cast<const typename Dot::Unit*>(panel);
+}
+
+// Calls fn(vector, where its first and its second half go) for every vector of a panel whose units give two each.
+template <class Fn>
+VITOK_INLINE void split_panel(const void* panel, int64_t units, Fn&& fn) {
+    for (int64_t i = 0; i < units; ++i)
+        for (int64_t c = 0; c < kPackedColumns; c += kLanes) {
+            UnsignedLanes x;
+            memcpy(&x, static_cast<const uint32_t*>(panel) + i * kPackedColumns + c, sizeof x);
+            fn(x, 2 * i * kPackedColumns + c, (2 * i + 1) * kPackedColumns + c);
+        }
+}
+
+VITOK_INLINE const float* open_panel(Singles, PackedType type, const void* panel, int64_t units, float* room) {
+    if (type == PackedType::float32) return static_cast<const float*>(panel);
+    split_panel(panel, units, [&](UnsignedLanes x, int64_t first, int64_t second) {
+        const UnsignedLanes low = x << 16, high = x & 0xffff0000u;
+        memcpy(room + first, &low, sizeof low), memcpy(room + second, &high, sizeof high);
+    });
+    return room;
+}
+
+VITOK_INLINE const uint32_t* open_panel(Words, PackedType, const void* panel, int64_t units, uint32_t* room) {
+    split_panel(panel, units, [&](UnsignedLanes x, int64_t first, int64_t second) {
+        const IntLanes q = reinterpret_cast<IntLanes>(x);
+        const IntLanes low = (q << 24 >> 24 & 0xffff) | q << 16 >> 24 << 16, high = (q << 8 >> 24 & 0xffff) | q >> 24 << 16;
+        memcpy(room + first, &low, sizeof low), memcpy(room + second, &high, sizeof high);
+    });
+    return room;
+}
+
+// tile = kRows rows times a panel, as fp32.
+template <class Dot>
+__attribute__((noinline)) void multiply_tile(const typename Dot::Unit* rows, int64_t stride, const typename Dot::Unit* panel,
+                                             int64_t depth, const int32_t* sums, Ahead& ahead, float* tile) {
+    for (int64_t c = 0; c < kPackedColumns; c += kWide * kLanes) {
+        typename Dot::Sum sum[kRows][kWide];
+#pragma GCC unroll 4
+        for (int w = 0; w < kWide; ++w) {
+            typename Dot::Sum start{};
+            if constexpr (Dot::kIntegers) {
+                memcpy(&start, sums + c + w * kLanes, sizeof start);
+                start *= -Dot::kOffset;
+            }
+#pragma GCC unroll 12
+            for (int r = 0; r < kRows; ++r) sum[r][w] = start;
+        }
+        for (int64_t k = 0; k < depth; k += kChunk) {
+            ahead.fetch();
+            multiply<Dot, kWide>(rows + k, stride, 1, panel + k * kPackedColumns + c, kPackedColumns,
+                                 smaller(kChunk, depth - k), sum);
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+            for (int w = 0; w < kWide; ++w) {
+                float* const to = tile + r * kPackedColumns + c + w * kLanes;
+                if constexpr (Dot::kIntegers) lanes_store(to, __builtin_convertvector(sum[r][w], Lanes));
+                else lanes_store(to, sum[r][w]);
+            }
+    }
+}
+
+// A tile's first `rows` rows, which have `scales` where the weight has, on their way out.
+template <int kGate, class T>
+void finish_tile(const PackedLinear& a, int64_t first, int64_t rows, int64_t panel, const float* tile, const float* scales) {
+    constexpr int64_t most = kGate ? kPackedColumns / 2 : kPackedColumns;
+    const int64_t column = panel * most, count = smaller(most, a.shape().width() - column);
+    const float* const column_scales = a.scales ? a.scales + panel * kPackedColumns : nullptr;
+    const float* const bias = a.bias ? a.bias + panel * kPackedColumns : nullptr;
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* const sums = tile + r * kPackedColumns;
+        T* const to = static_cast<T*>(a.out) + (first + r) * a.out_stride + column;
+        const T* const residual =
+            a.residual ? static_cast<const T*>(a.residual) + (first + r) * a.residual_stride + column : nullptr;
+        const auto value = [&](int64_t c) __attribute__((always_inline)) {
+            Lanes y = lanes_load(sums + c);
+            if (column_scales) y = y * scales[r] * lanes_load(column_scales + c);
+            return bias ? y + lanes_load(bias + c) : y;
+        };
+        for (int64_t c = 0; c < count; c += kLanes) {
+            Lanes y = value(c);
+            if constexpr (kGate > 0) y = gated<kGate == 2>(y, value(c + most));
+            const int64_t left = count - c;
+            if (left >= kLanes) {
+                lanes_store(to + c, residual ? lanes_load(residual + c) + y : y);
+            } else {
+                lanes_store_first(to + c, residual ? lanes_load_first(residual + c, left) + y : y, left);
+            }
+        }
+    }
+}
+
+// What one thread does: groups of kRows rows with panels.
+template <class Dot, class T>
+void work(const PackedLinear& a, Interval groups, Interval panels, typename Dot::Unit* scratch) {
+    using Unit = typename Dot::Unit;
+    const PackedShape shape = a.shape();
+    const int64_t depth = shape.units() * (packed_elements(shape.type) / Dot::kElements), stride = packed_row_stride(depth);
+    const int64_t limit = larger(1, smaller(kPackedRows / kRows, kCache / (kRows * stride * 4)));
+    const int64_t blocks = ceil_div(groups.end - groups.begin, limit);
+    Unit* const room = scratch + kPackedRows * stride;
+    float* const wide = reinterpret_cast<float*>(scratch + a.thread_units() - packed_row_stride(a.inner));
+    const auto finish = a.gate == 0 ? finish_tile<0, T> : a.gate == 1 ? finish_tile<1, T> : finish_tile<2, T>;
+    alignas(64) float tile[kRows * kPackedColumns];
+    float scales[kPackedRows];
+
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t begin = groups.begin + (groups.end - groups.begin) * block / blocks;
+        const int64_t count = groups.begin + (groups.end - groups.begin) * (block + 1) / blocks - begin;
+        const int64_t first = begin * kRows, rows = smaller(count * kRows, a.rows - first);
+        for (int64_t r = 0; r < rows; ++r) scales[r] = make_row<Dot, T>(a, first + r, wide, scratch + r * stride);
+        memset(scratch + rows * stride, 0, static_cast<size_t>((count * kRows - rows) * stride) * sizeof(Unit));
+        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+            const char* const packed = static_cast<const char*>(a.weight) + panel * shape.panel_bytes();
+            const Unit* const units = open_panel(Dot{}, shape.type, packed, shape.units(), room);
+            const int64_t fetches = count * ceil_div(depth, kChunk) * (kPackedColumns / (kWide * kLanes));
+            const char* const next = packed + shape.panel_bytes();
+            Ahead ahead{next, panel + 1 < panels.end ? next + shape.panel_bytes() : next, 0};
+            if (fetches > 0) ahead.step = ceil_div(shape.panel_bytes(), fetches * 64) * 64;
+            for (int64_t group = 0; group < count; ++group) {
+                const int64_t row = group * kRows;
+                multiply_tile<Dot>(scratch + row * stride, stride, units, depth,
+                                   Dot::kIntegers ? a.sums + panel * kPackedColumns : nullptr, ahead, tile);
+                finish(a, first + row, smaller(kRows, rows - row), panel, tile, scales + row);
+            }
+        }
+    }
+}
+
+template <class Dot, class T>
+void forward(const PackedLinear& a) {
+    const int64_t groups = ceil_div(a.rows, kRows), panels = a.shape().panels();
+    // Threads share the groups and, where these are few, the panels: as evenly as can be, with a group's own cost that of a panel.
+    int64_t shares = 1, least = INT64_MAX;
+    for (int64_t n = 1; n <= a.threads; ++n) {
+        const int64_t cost = ceil_div(groups, a.threads / n) * (ceil_div(panels, n) + 1);
+        if (cost < least) least = cost, shares = n;
+    }
+    const int64_t parts = a.threads / shares;
+    const uintptr_t start = (reinterpret_cast<uintptr_t>(a.scratch) + 63) / 64 * 64;
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(static_cast<int>(a.threads)) if (a.threads > 1)
+#endif
+    {
+        const Team team = Team::current();
+        auto* const scratch = reinterpret_cast<typename Dot::Unit*>(start) + team.thread * a.thread_units();
+        for (int64_t item = team.thread; item < parts * shares; item += team.threads) {
+            const int64_t part = item / shares, share = item % shares;
+            work<Dot, T>(a, {groups * part / parts, groups * (part + 1) / parts},
+                         {panels * share / shares, panels * (share + 1) / shares}, scratch);
+        }
+    }
+}
+
+template <class T>
+void forward(const PackedLinear& a) {
+#if defined(__AVX512F__)
+    if (a.weight_dtype == PackedType::int8 && Quads::usable()) return forward<Quads, T>(a);
+#endif
+    if (a.weight_dtype == PackedType::int8) return forward<Words, T>(a);
+    // A product of bf16 with other rows than of bf16 would round them.
+    if constexpr (sizeof(T) == sizeof(bf16)) {
+        if (a.weight_dtype == PackedType::bfloat16 && a.dtype == DType::bfloat16) return forward<Bfloat16, T>(a);
+    }
+    forward<Singles, T>(a);
+}
+
+}  // namespace
+
+void packed_linear(const PackedLinear& a) {
+    switch (a.dtype) {
+        case DType::float32: return forward<float>(a);
+        case DType::bfloat16: return forward<bf16>(a);
+        case DType::float16: return forward<f16>(a);
+        case DType::float64:
+        case DType::uint8: return;
+    }
+}
+
+}  // namespace VITOK_ISA
+}  // namespace vitok

@@ -1,0 +1,152 @@
+// Rows of x on their way into the product with a packed weight: widened, normalised, and made the units that are multiplied.
+#pragma once
+
+#include "../common/packed_linear.h"
+#include "matrix_tiles.h"
+
+namespace vitok {
+namespace VITOK_ISA {
+namespace {
+
+typedef int16_t ShortLanes __attribute__((vector_size(2 * kLanes)));
+
+// To nearest, ties to even, for numbers of at most 2^22; of NaN, any integer.
+VITOK_INLINE IntLanes lanes_nearest(Lanes x) { return lanes_bits(x + lanes_set(0x1.8p23f)) - 0x4b400000; }
+
+// Integers as units, beside those of matrix_tiles.h. Words are pairs of int16, which every instruction set multiplies.
+struct Words {
+    using Unit = uint32_t;
+    using Vector = IntLanes;
+    using Sum = IntLanes;
+    static constexpr int kElements = 2;
+    static constexpr bool kIntegers = true;
+    static constexpr int32_t kOffset = 0;  // what a row's numbers are larger by
+    VITOK_INLINE Vector load(const Unit* from) {
+        Vector x;
+        memcpy(&x, from, sizeof x);
+        return x;
+    }
+    VITOK_INLINE Vector broadcast(const Unit* from) { return Vector{} + static_cast<int32_t>(*from); }
+    VITOK_INLINE Sum add(Vector a, Vector b, Sum sum) {
+#if defined(__AVX512F__)
+        return sum + reinterpret_cast<Sum>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+        return sum + reinterpret_cast<Sum>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+        return sum + reinterpret_cast<Sum>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+        return sum + (a >> 16) * (b >> 16) + (a << 16 >> 16) * (b << 16 >> 16);
+#endif
+    }
+    VITOK_INLINE void quantise(const float* from, int64_t n, float factor, Unit* to) {
+        int16_t* const words = reinterpret_cast<int16_t*>(to);
+        for (int64_t i = 0; i < n; i += kLanes) {
+            const ShortLanes q = __builtin_convertvector(lanes_nearest(lanes_load(from + i) * factor), ShortLanes);
+            memcpy(words + i, &q, sizeof q);
+        }
+    }
+};
+
+#if defined(__AVX512F__)
+// Quads are four bytes, unsigned those of a row, by VNNI's vpdpbusd. As assembly, because only machines with `Quads::usable`
+// have it, and an intrinsic would want the whole loop around it to be compiled for those.
+struct Quads {
+    using Unit = uint32_t;
+    using Vector = __m512i;
+    using Sum = IntLanes;
+    static constexpr int kElements = 4;
+    static constexpr bool kIntegers = true;
+    static constexpr int32_t kOffset = 128;
+    static bool usable() { return __builtin_cpu_supports("avx512vnni"); }
+    VITOK_INLINE Vector load(const Unit* from) { return _mm512_loadu_si512(from); }
+    VITOK_INLINE Vector broadcast(const Unit* from) { return _mm512_set1_epi32(static_cast<int>(*from)); }
+    VITOK_INLINE Sum add(Vector a, Vector b, Sum sum) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+        return sum;
+    }
+    VITOK_INLINE void quantise(const float* from, int64_t n, float factor, Unit* to) {
+        for (int64_t i = 0; i < n; i += kLanes) {
+            const IntLanes q = lanes_nearest(lanes_load(from + i) * factor) + kOffset;
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i / 4), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(q)));
+        }
+    }
+};
+#endif
+
+// What a row is multiplied by once its mean is off, and its largest magnitude before that: NaN where the row has one.
+struct Scaling {
+    float factor, largest;
+};
+
+constexpr int kChains = 4;  // independent partial sums of a row: one chain of additions would wait for each of them
+
+// `n` elements as fp32 with zeros up to a multiple of 64, the mean taken off for a layer norm.
+template <class T>
+VITOK_INLINE Scaling widen_row(const T* from, int64_t n, int64_t norm, float eps, float* to) {
+    const int64_t padded = ceil_div(n, 64) * 64;
+    const Lanes zero = lanes_set(0.0f);
+    Lanes sum[kChains] = {zero, zero, zero, zero}, squares[kChains] = {zero, zero, zero, zero};
+    IntLanes largest[kChains] = {};  // as bits, in which NaN is larger than every number
+    const auto count = [&](Lanes x, int chain) __attribute__((always_inline)) {
+        const IntLanes size = lanes_bits(x) & 0x7fffffff;
+        squares[chain] = lanes_fma(x, x, squares[chain]);
+        largest[chain] = size > largest[chain] ? size : largest[chain];
+    };
+    const auto mean = [n](const Lanes(&chain)[kChains]) {
+        return lanes_sum((chain[0] + chain[1]) + (chain[2] + chain[3])) / static_cast<float>(n);
+    };
+    const auto take = [&](Lanes x, int64_t i, int chain) __attribute__((always_inline)) {
+        lanes_store(to + i, x);
+        sum[chain] = sum[chain] + x;
+        count(x, chain);
+    };
+    int64_t i = 0;
+    for (; i + kChains * kLanes <= n; i += kChains * kLanes)
+#pragma GCC unroll 4
+        for (int chain = 0; chain < kChains; ++chain) take(lanes_load(from + i + chain * kLanes), i + chain * kLanes, chain);
+    for (; i + kLanes <= n; i += kLanes) take(lanes_load(from + i), i, 0);
+    if (i < n) take(lanes_load_first(from + i, n - i), i, 1), i += kLanes;
+    for (; i < padded; i += kLanes) lanes_store(to + i, zero);
+
+    if (norm == 2) {
+        const float centre = mean(sum);
+        for (i = n; i < padded; ++i) to[i] = centre;  // and zero once the mean is off
+        for (int chain = 0; chain < kChains; ++chain) squares[chain] = zero, largest[chain] = IntLanes{};
+        for (i = 0; i < padded; i += kChains * kLanes)
+#pragma GCC unroll 4
+            for (int chain = 0; chain < kChains; ++chain) {
+                float* const at = to + i + chain * kLanes;
+                const Lanes x = lanes_load(at) - centre;
+                lanes_store(at, x);
+                count(x, chain);
+            }
+    }
+    for (int chain = 1; chain < kChains; ++chain) largest[0] = largest[chain] > largest[0] ? largest[chain] : largest[0];
+    int32_t top = 0;
+    for (int lane = 0; lane < kLanes; ++lane) top = largest[0][lane] > top ? largest[0][lane] : top;
+    const float factor = norm ? 1.0f / square_root(mean(squares) + eps) : 1.0f;
+    return {factor, bits_float(static_cast<uint32_t>(top))};
+}
+
+// A row as units, zero up to a multiple of 64 elements; returns its scale. `wide` is room for it as fp32.
+template <class Dot, class T>
+VITOK_INLINE float make_row(const PackedLinear& a, int64_t row, float* wide, typename Dot::Unit* to) {
+    const T* const from = static_cast<const T*>(a.x) + row * a.x_stride;
+    const int64_t padded = ceil_div(a.inner, 64) * 64;
+    if constexpr (Dot::kElements == 1) wide = to;
+    const Scaling scaling = widen_row(from, a.inner, a.norm, static_cast<float>(a.eps), wide);
+    if constexpr (Dot::kIntegers) {
+        const float top = scaling.largest;
+        Dot::quantise(wide, padded, top > 0x1p-119f ? 127.0f / top : 0.0f, to);  // of smaller ones it would be infinite
+        return top * scaling.factor / 127.0f;
+    } else {
+        if (a.norm)
+            for (int64_t i = 0; i < padded; i += kLanes) lanes_store(wide + i, lanes_load(wide + i) * scaling.factor);
+        if constexpr (Dot::kElements > 1) Dot::narrow_row(wide, padded, to);
+        return 1.0f;
+    }
+}
+
+}  // namespace
+}  // namespace VITOK_ISA
+}  // namespace vitok
