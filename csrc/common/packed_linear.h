@@ -21,6 +21,7 @@ enum class PackedType { float32, bfloat16, int8 };
 
 constexpr int64_t kPackedColumns = 32;  // of a panel
 constexpr int64_t kPackedRows = 144;    // of x that a thread holds at once, at the most: instruction sets' tiles divide it
+constexpr int64_t kPackedOnTheWay = 16;  // a group of rows that is being made, and one more
 
 constexpr int64_t packed_elements(PackedType type) {
     return type == PackedType::float32 ? 1 : type == PackedType::bfloat16 ? 2 : 4;
@@ -133,8 +134,8 @@ struct PackedLinear {
 
     PackedShape shape() const { return {columns, inner, gate != 0, weight_dtype}; }
 
-    // Units of 4 bytes that a thread needs: its rows, one more on its way to them, and a panel of wider elements.
-    int64_t thread_units() const { return (kPackedRows + 1 + kPackedColumns) * packed_row_stride(inner); }
+    // Units of 4 bytes that a thread needs: its rows, those on their way to them, and a panel of wider elements.
+    int64_t thread_units() const { return (kPackedRows + kPackedOnTheWay + kPackedColumns) * packed_row_stride(inner); }
 
     const char* problem() const {
         if (!is_float(dtype) || dtype == DType::float64) return "dtype must be float32, bfloat16 or float16";

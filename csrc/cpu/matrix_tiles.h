@@ -68,11 +68,17 @@ using Bfloat16 = Pairs;  // how bf16 tensors are multiplied
 using Bfloat16 = Singles;
 #endif
 
-// sum[r][w] += sum_k a[r * row + k * step] * b[k * b_step + lanes of vector w]
-template <class Dot, int W>
+struct Nothing {
+    template <class Unit>
+    void operator()(const Unit*) const {}
+};
+
+// sum[r][w] += sum_k a[r * row + k * step] * b[k * b_step + lanes of vector w]; calls each(b + k * b_step) on the way.
+template <class Dot, int W, class Each = Nothing>
 VITOK_INLINE void multiply(const typename Dot::Unit* a, int64_t row, int64_t step, const typename Dot::Unit* b,
-                           int64_t b_step, int64_t depth, typename Dot::Sum (&sum)[kRows][W]) {
+                           int64_t b_step, int64_t depth, typename Dot::Sum (&sum)[kRows][W], Each&& each = {}) {
     for (int64_t k = 0; k < depth; ++k, a += step, b += b_step) {
+        each(b);
         typename Dot::Vector column[W];
 #pragma GCC unroll 4
         for (int w = 0; w < W; ++w) column[w] = Dot::load(b + w * kLanes);

@@ -1,0 +1,118 @@
+"""The native CPU product of rows with a weight packed once: how a weight is packed, and the call.
+
+A packed weight has the same bytes for every instruction set, see csrc/common/packed_linear.h. In bfloat16 it is half as
+large as in float32, in int8 a quarter; int8 also quantises the rows as they are read, and multiplies several times faster
+where the processor has products of bytes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitok import _native
+from vitok.ops._tensors import address, as_rows
+
+ELEMENTS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # that lie side by side in a column of a panel
+COLUMNS, ROWS, ON_THE_WAY = 32, 144, 16  # as csrc/common/packed_linear.h has them
+NORMS = {None: 0, "rms": 1, "layer": 2}
+GATES = {None: 0, "silu": 1, "gelu": 2}
+# Below this many products for each of them threads cost more than they save.
+PRODUCTS = 1 << 20
+
+
+class Packed(NamedTuple):
+    """A weight [columns, inner] in panels of 32 columns, [panels, ceil(inner / e), 32, e] elements as bytes. The others are
+    [panels * 32] in the order of the packed columns: with a gate, each panel has 16 of it and the 16 they are for."""
+
+    panels: Tensor
+    bias: Tensor | None  # float32
+    scales: Tensor | None  # float32, with int8: of a column
+    sums: Tensor | None  # int32, with int8: of a column's integers
+
+
+def refuses(x: Tensor, dtype: torch.dtype) -> str:
+    """Why the kernel cannot multiply x with a weight packed in dtype, or ""."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"x must be float32, bfloat16 or float16, got {x.dtype}"
+    if dtype not in ELEMENTS:
+        return f"a weight is packed in float32, bfloat16 or int8, got {dtype}"
+    if not x.is_cpu:
+        return f"packed weights are multiplied on the CPU, x is on {x.device}"
+    return ""
+
+
+def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gated: bool) -> Packed:
+    """Pack weight [columns, inner] of any strides and bias [columns], both of any float dtype, in float32, bfloat16 or
+    int8. With `gated` the first half of the columns is the gate of the second half."""
+    columns, inner = weight.shape
+    width = COLUMNS // 2 if gated else COLUMNS
+    panels = -(-(columns // 2 if gated else columns) // width)
+    packed = weight.new_empty((panels * -(-inner // ELEMENTS[dtype]) * COLUMNS * 4,), dtype=torch.uint8)
+
+    def line(kind: torch.dtype, wanted: bool) -> Tensor | None:
+        return weight.new_empty((panels * COLUMNS,), dtype=kind) if wanted else None
+
+    integers = dtype == torch.int8
+    found = Packed(
+        packed, line(torch.float32, bias is not None), line(torch.float32, integers), line(torch.int32, integers)
+    )
+    bias = None if bias is None else bias.contiguous()
+    _native.run(
+        "linear_pack", weight,
+        weight.data_ptr(), _native.DTYPE[weight.dtype], columns, inner, weight.stride(),
+        address(bias), "float32" if bias is None else _native.DTYPE[bias.dtype], gated,
+        str(dtype).removeprefix("torch."), packed.data_ptr(), packed.numel(),
+        address(found.bias), address(found.scales), address(found.sums), torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+def run(
+    x: Tensor,
+    packed: Packed,
+    columns: int,
+    dtype: torch.dtype,
+    *,
+    norm: str | None = None,
+    eps: float = 1e-6,
+    gate: str | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """residual + gate(norm(x) @ weight.T + bias) in the dtype of x, [..., columns], or with a gate [..., columns / 2].
+
+    Args:
+        x: [..., inner]; rows of neighbouring elements are read by their stride.
+        packed: made by `pack` of a weight [columns, inner] in `dtype`, gated if there is a gate here.
+        norm: None, "rms" or "layer", without weights, of each row of x.
+        gate: None, "silu" or "gelu".
+        residual: like the result.
+        out: the result's memory, contiguous; it may be the residual itself.
+    """
+    inner = x.shape[-1]
+    width = columns if gate is None else columns // 2
+    if out is None:
+        out = x.new_empty((*x.shape[:-1], width))
+    if out.numel() == 0:
+        return out
+    count = x.numel() // inner if inner else out.numel() // width
+    rows, x_stride = as_rows(x) if inner else (x, 0)
+    residual_stride = 0
+    if residual is not None:
+        residual, residual_stride = as_rows(residual)
+    threads = max(1, min(torch.get_num_threads(), count * inner * columns // PRODUCTS))
+    line = -(-inner // 64) * 64 + 16
+    scratch_bytes = threads * (4 * (ROWS + ON_THE_WAY + COLUMNS) * line + 64)
+    scratch = x.new_empty((scratch_bytes,), dtype=torch.uint8)
+    _native.run(
+        "packed_linear", x,
+        rows.data_ptr(), _native.DTYPE[x.dtype], count, inner, columns, x_stride, NORMS[norm], eps,
+        packed.panels.data_ptr(), str(dtype).removeprefix("torch."),
+        address(packed.bias), address(packed.scales), address(packed.sums),
+        GATES[gate], address(residual), residual_stride, out.data_ptr(), width,
+        scratch.data_ptr(), scratch_bytes, threads,
+    )  # fmt: skip
+    return out
