@@ -1,8 +1,8 @@
 """The native CPU product of rows with a weight packed once: how a weight is packed, and the call.
 
-A packed weight has the same bytes for every instruction set, see csrc/common/packed_linear.h. In bfloat16 it is half as
-large as in float32, in int8 a quarter; int8 also quantises the rows as they are read, and multiplies several times faster
-where the processor has products of bytes.
+A packed weight has the same bytes for every instruction set, see csrc/common/packed_linear.h. In bfloat16 it is half
+as large as in float32, in int8 a quarter; int8 also quantises the rows as they are read, and multiplies several times
+faster where the processor has products of bytes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ PRODUCTS = 1 << 20
 
 
 class Packed(NamedTuple):
-    """A weight [columns, inner] in panels of 32 columns, [panels, ceil(inner / e), 32, e] elements as bytes. The others are
-    [panels * 32] in the order of the packed columns: with a gate, each panel has 16 of it and the 16 they are for."""
+    """A weight [columns, inner] in panels of 32 columns, [panels, ceil(inner / e), 32, e] elements as bytes.
+
+    The others are [panels * 32] in the order of the packed columns. With a gate, each panel has 16 columns of it and
+    then the 16 that they gate.
+    """
 
     panels: Tensor
     bias: Tensor | None  # float32
