@@ -13,11 +13,13 @@ from torch import Tensor
 
 
 class Case(NamedTuple):
-    """`run` calls an op; kernels of it that multiply matrices must do so by the instruction `demands` names."""
+    """`run` calls an op; kernels of it that multiply matrices must do so by the instruction `demands` names. GPUs older
+    than compute capability `oldest` (90 for 9.0) have no instructions for it."""
 
     label: str
     run: Callable[[], object]
     demands: str | None = None
+    oldest: int = 80
 
 
 def differentiated(op: Callable[..., Any], *tensors: Tensor | None, **options: Any) -> None:
@@ -300,6 +302,43 @@ def gaussian_sample_cases() -> Iterator[Case]:
     yield Case("noise", lambda: normal_noise(3, torch.arange(8), 4096, impl="triton"))
 
 
+def quantize_rows_cases() -> Iterator[Case]:
+    from vitok.ops import dequantize, quantize_rows
+
+    def case(dtype: str, width: int, before: str | None, to: torch.dtype) -> Case:
+        def run() -> None:
+            x = torch.zeros(8, 256, width * (2 if before in ("silu", "gelu") else 1), dtype=DTYPES[dtype])
+            quantize_rows(x, to, before=before, impl="triton")
+
+        name = "int8" if to == torch.int8 else "fp8"
+        return Case(f"{dtype} to {name}, {before} {width}", run, oldest=80 if to == torch.int8 else 90)
+
+    def back(dtype: str, columns: int, bias: bool, add: bool) -> Case:
+        def run() -> None:
+            sums, scales = torch.zeros(256, columns, dtype=torch.int32), torch.ones(2, max(256, columns))
+            total = torch.zeros(256, columns, dtype=DTYPES[dtype]) if add else None
+            shift = torch.zeros(columns) if bias else None
+            out = {"dtype": DTYPES[dtype], "add_to": total, "impl": "triton"}
+            dequantize(sums, scales[0, :256], scales[1, :columns], shift, **out)
+
+        return Case(f"{dtype} of sums {columns}{', bias' * bias}{', added' * add}", run)
+
+    for to in (torch.int8, torch.float8_e4m3fn):
+        for width in (96, 384, 768, 1536, 3075, 8192):  # every power of two that a row of a block is rounded up to
+            yield case("bf16", width, "layer", to)
+        for width in (768, 2048, 3072, 8208):
+            yield case("bf16", width, "silu", to)
+        yield case("bf16", 768, "rms", to)
+        yield case("bf16", 768, None, to)
+        yield case("bf16", 2048, "gelu", to)
+    for dtype in ("fp16", "fp32"):
+        yield case(dtype, 768, "layer", torch.int8)
+    for columns in (768, 2050):
+        yield back("bf16", columns, True, False)
+        yield back("bf16", columns, False, True)
+    yield back("fp32", 768, True, True)
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "norm": norm_cases,
     "qk_norm_rope": qk_norm_rope_cases,
@@ -311,4 +350,5 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "tubelet_unembed": tubelet_unembed_cases,
     "pixel_loss": pixel_loss_cases,
     "gaussian_sample": gaussian_sample_cases,
+    "quantize_rows": quantize_rows_cases,
 }

@@ -196,7 +196,7 @@ def main() -> int:
     with recorder() as record:
         for op in options.ops.split(","):
             for case in CASES[op]():
-                found = [record(op, case, arch) for arch in archs]
+                found = [record(op, case, arch) for arch in archs if arch >= case.oldest]
                 idle += [f"{op}, {case.label}" for launches in found[:1] if not launches]
                 _LAUNCHES.extend(launch for launches in found for launch in launches)
     print(f"{len(_LAUNCHES)} compilations, triton {triton.__version__}, {options.jobs} processes", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from vitok.config import ViTokConfig
 from vitok.errors import InputError
 from vitok.layers import Linear, Stack, TubeletEmbed, TubeletUnembed
 from vitok.memory import plan
+
+if TYPE_CHECKING:
+    from vitok.inference import FastViTok
 
 
 class Encoder(nn.Module):
@@ -27,15 +31,18 @@ class Encoder(nn.Module):
     def forward(self, clip: Tensor, image: bool = False, chunk: int | None = None) -> Posterior:
         """Pixels [B, T, H, W, 3] to the posterior; `image` leaves the time axis out of its shapes."""
         grid = self.config.grid(*clip.shape[1:4])
-        tokens = self.stack(self.embed(clip, chunk), grid, chunk)
-        return self.bottleneck(tokens, grid[1:] if image else grid)
+        return self.bottleneck.posterior(self.code(clip, chunk), grid[1:] if image else grid)
+
+    def code(self, clip: Tensor, chunk: int | None = None) -> Tensor:
+        """Pixels [B, T, H, W, 3] to what the posterior is made of, [B, L, n]."""
+        return self.bottleneck(self.stack(self.embed(clip, chunk), self.config.grid(*clip.shape[1:4]), chunk))
 
     def packed(self, clips: Sequence[Tensor], images: Sequence[bool], chunk: int | None = None) -> list[Posterior]:
         """What `forward` makes of each, with one pass of the blocks over the tokens of all."""
         grids = [self.config.grid(*clip.shape[1:4]) for clip in clips]
         tokens = self.stack.packed([self.embed(clip, chunk) for clip in clips], grids, chunk)
         shapes = [grid[1:] if image else grid for grid, image in zip(grids, images, strict=True)]
-        return [self.bottleneck(x, shape) for x, shape in zip(tokens, shapes, strict=True)]
+        return [self.bottleneck.posterior(self.bottleneck(x), shape) for x, shape in zip(tokens, shapes, strict=True)]
 
 
 class Decoder(nn.Module):
@@ -233,6 +240,21 @@ class ViTok(nn.Module):
         latents = posterior.sample(seed) if self.training else posterior.mode()
         clip, _ = as_clip(pixels, layout)
         return self.decode(latents, size=tuple(clip.shape[1:4])), posterior
+
+    def for_inference(self, dtype: torch.dtype | str = torch.bfloat16, *, graphs: bool | str = "auto") -> FastViTok:
+        """A faster copy for encoding and decoding, made once; this model stays as it is.
+
+        Args:
+            dtype: torch.bfloat16, float32 or float16; "int8" (blocks multiply 8-bit integers, the rest is bfloat16) or
+                "fp8" (GPUs of compute capability 9.0 and newer). What it costs in PSNR: docs/inference.md.
+            graphs: CUDA graphs for batches of up to 8, one for each size met: True, False, or "auto": on CUDA.
+
+        Returns: a `ViTok` with the same encode and decode, without gradients, that cannot be moved, cast or saved.
+        Raises InputError for a dtype that the device cannot do, and for graphs=True on the CPU.
+        """
+        from vitok.inference import FastViTok
+
+        return FastViTok(self, dtype, graphs)
 
     def save(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors; `vitok.load(directory)` gives the same model back, bit for bit."""

@@ -70,11 +70,15 @@ class GaussianPosterior:
 
 
 class GaussianBottleneck(nn.Module):
-    """Tokens [B, L, width] to a `GaussianPosterior` over latents."""
+    """Tokens [B, L, width] to moments, moments to a `GaussianPosterior` over latents."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
         self.to_moments = Linear(width, 2 * channels)
 
-    def forward(self, tokens: Tensor, grid: tuple[int, ...]) -> GaussianPosterior:
-        return GaussianPosterior.from_moments(self.to_moments(tokens), grid)
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Moments [B, L, 2c]."""
+        return self.to_moments(tokens)
+
+    def posterior(self, moments: Tensor, grid: tuple[int, ...]) -> GaussianPosterior:
+        return GaussianPosterior.from_moments(moments, grid)

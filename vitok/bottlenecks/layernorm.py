@@ -35,12 +35,15 @@ class PointPosterior:
 
 
 class LayerNormBottleneck(nn.Module):
-    """Tokens [B, L, width] to a `PointPosterior`; every token has zero mean and unit variance over its channels."""
+    """Tokens [B, L, width] to codes, codes to a `PointPosterior`; zero mean, unit variance a token."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
         self.to_code = Linear(width, channels)
 
-    def forward(self, tokens: Tensor, grid: tuple[int, ...]) -> PointPosterior:
-        code = ops.norm(self.to_code(tokens), None, kind="layer", eps=1e-6)
-        return PointPosterior(code.transpose(1, 2).unflatten(-1, grid))
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Codes [B, L, c]."""
+        return ops.norm(self.to_code(tokens), None, kind="layer", eps=1e-6)
+
+    def posterior(self, codes: Tensor, grid: tuple[int, ...]) -> PointPosterior:
+        return PointPosterior(codes.transpose(1, 2).unflatten(-1, grid))
