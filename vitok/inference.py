@@ -199,10 +199,10 @@ class Folder:
         exact: bool = False,
     ) -> Map:
         """scale * linear(norm(x)) with a gate before or after it; `exact` is never quantised."""
-        weight = linear.weight.detach().double()
-        bias = None if linear.bias is None else linear.bias.detach().double()
+        weight = linear.weight.detach().float()
+        bias = None if linear.bias is None else linear.bias.detach().float()
         if norm is not None and norm.bias is not None:
-            shift = weight @ norm.bias.detach().double()
+            shift = weight @ norm.bias.detach().float()
             bias = shift if bias is None else bias + shift
         if norm is not None:
             weight = weight * norm.weight.detach()

@@ -99,8 +99,7 @@ def pack_linear(
     outputs, inputs = weight.shape
     if after and outputs % 2:
         raise InputError(f"weight must have an even number of rows to be gated, got {outputs}")
-    weight = weight.detach().to(torch.float32, copy=True)
-    bias = None if bias is None else bias.detach().to(torch.float32, copy=True)
+    weight, bias = weight.detach().float(), None if bias is None else bias.detach().to(torch.float32, copy=True)
     product: Product = _OP(impl, weight, bias, dtype, quantize, before, eps, after)
     inputs, outputs = 2 * inputs if before in GATES else inputs, outputs // 2 if after else outputs
     return PackedLinear(product, inputs, outputs, dtype, weight.device)
@@ -138,7 +137,7 @@ def _composed(
 
 
 def _multiply(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight, bias = weight.to(dtype, copy=True), None if bias is None else bias.to(dtype)
 
     def product(x: Tensor, total: Tensor | None) -> Tensor:
         if total is None:
