@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vitok
-from vitok import graphs
+from vitok import graphs, inference
 from vitok.evaluate.reconstruction import score_folder
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
@@ -102,6 +102,19 @@ def test_eight_bits_cost_little_on_the_demo_weights(prefer, packing):
         plain = quality(model)
         assert abs(quality(model.for_inference(torch.bfloat16)) - plain) < 0.05
         assert quality(model.for_inference("int8")) > plain - 0.15
+
+
+def test_joined_products_are_the_parallel_block(make, pixels, judge, monkeypatch):
+    """As GPUs have it: gates before the products they quantise for, and two products a parallel block."""
+    monkeypatch.setattr(inference.Folder, "gates_after", False)
+    for preset in PRESETS:
+        model, pictures = make(preset), pixels(2, 3, 24, 40)
+        exact = copy.deepcopy(model).double()
+        with torch.no_grad():
+            fast = model.for_inference(torch.float32)
+            whole = fast.encode(pictures).mode()
+            judge(whole, model.encode(pictures).mode(), exact.encode(pictures).mode())
+            assert torch.allclose(fast.encode(pictures, chunk=4).mode(), whole, atol=1e-5)
 
 
 def test_the_model_stays_as_it_is_and_results_are_ones_own(make, pixels):

@@ -3,11 +3,12 @@
 Folded are the weights of a norm into the matrix after it and LayerScale into the matrix before the sum; the scale of q
 costs nothing inside the attention kernels. A block is then a few maps of `vitok.ops.pack_linear` around its attention:
 
-    serial     x += proj(attention(qkv(norm x)));  x += down(gate_up(norm x))
-    parallel   x += out|down [attention(qkv), gate * up]  of one  qkv|gate|up(norm x)
+    serial     x += proj(attention(qkv(norm x)));  x += down(gate * up (norm x))
+    parallel   x += proj(attention(qkv(norm x))) + down(gate * up (norm x))
 
 On the CPU norm, gate and residual sum are done inside the products. Elsewhere norms and gates are kernels between the
-library's products, and quantise what they make where those are of 8 bits.
+library's products, and quantise what they make where those are of 8 bits; a parallel block has two products there,
+qkv|gate|up and proj|down.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from vitok import ops
 from vitok.errors import InputError
 from vitok.graphs import Graphs
-from vitok.layers import Branch, Grid, Linear, Norm, ParallelBlock, Places, SerialBlock, Stack
+from vitok.layers import Attention, Branch, FeedForward, Grid, Linear, Norm, ParallelBlock, Places, SerialBlock, Stack
 from vitok.model import Decoder, Encoder, ViTok
 from vitok.ops.packed_linear import pack_linear
 
@@ -100,8 +101,7 @@ class FoldedStack(Stack):
     def __init__(self, stack: Stack, folder: Folder) -> None:
         nn.Module.__init__(self)
         self.config, self.stack = stack.config, stack.stack
-        fold = {SerialBlock: FoldedSerialBlock, ParallelBlock: FoldedParallelBlock}
-        self.blocks = nn.ModuleList(fold[type(block)](block, folder) for block in stack.blocks)
+        self.blocks = nn.ModuleList(folder.block(block) for block in stack.blocks)
         self.norm = None if stack.norm is None else folder.frozen(stack.norm)
         self.known: dict[Grid, tuple[Tensor | None, Tensor | None]] = {}
 
@@ -118,13 +118,26 @@ class FoldedSerialBlock(nn.Module):
 
     def __init__(self, block: SerialBlock, folder: Folder) -> None:
         super().__init__()
-        gate = block.feed_forward.gate
-        after, before = (gate, None) if folder.gates_after else (None, gate)
-        self.qkv = folder.map(block.attention.qkv, block.attention_norm)
-        self.attention = folder.frozen(block.attention, "qkv", "proj")
-        self.proj = folder.map(block.attention.proj, scale=block.attention_scale)
-        self.gate_up = folder.map(block.feed_forward.gate_up, block.feed_forward_norm, after=after)
-        self.down = folder.map(block.feed_forward.down, scale=block.feed_forward_scale, before=before)
+        norms, scales = (
+            (block.attention_norm, block.feed_forward_norm),
+            (block.attention_scale, block.feed_forward_scale),
+        )
+        self._fold(block.attention, block.feed_forward, norms, scales, folder)
+
+    def _fold(
+        self,
+        attention: Attention,
+        feed_forward: FeedForward,
+        norms: tuple[Norm, Norm],
+        scales: tuple[Tensor | None, Tensor | None],
+        folder: Folder,
+    ) -> None:
+        after, before = (feed_forward.gate, None) if folder.gates_after else (None, feed_forward.gate)
+        self.qkv = folder.map(attention.qkv, norms[0])
+        self.attention = folder.frozen(attention, "qkv", "proj")
+        self.proj = folder.map(attention.proj, scale=scales[0])
+        self.gate_up = folder.map(feed_forward.gate_up, norms[1], after=after)
+        self.down = folder.map(feed_forward.down, scale=scales[1], before=before)
 
     def forward(self, x: Tensor, branch: Branch | None, places: Places) -> tuple[Tensor, None]:
         return self.leave(x, self.attention.attend(self.qkv(x), places))
@@ -137,8 +150,20 @@ class FoldedSerialBlock(nn.Module):
         return self.down(self.gate_up(x), x), None
 
 
-class FoldedParallelBlock(nn.Module):
-    """A `ParallelBlock` in two maps, qkv|gate|up and out|down; as `FoldedSerialBlock` otherwise."""
+class FoldedParallelBlock(FoldedSerialBlock):
+    """A `ParallelBlock` in four maps, for the CPU, where norm, gate and sum are part of them."""
+
+    def __init__(self, block: ParallelBlock, folder: Folder) -> None:
+        nn.Module.__init__(self)
+        self._fold(block.attention, block.feed_forward, (block.norm,) * 2, (block.scale,) * 2, folder)
+
+    def leave(self, x: Tensor, attended: Tensor) -> tuple[Tensor, None]:
+        gated = self.gate_up(x)
+        return self.down(gated, self.proj(attended, x)), None
+
+
+class JoinedParallelBlock(nn.Module):
+    """A `ParallelBlock` in two maps, qkv|gate|up and out|down: fewer and larger products."""
 
     def __init__(self, block: ParallelBlock, folder: Folder) -> None:
         super().__init__()
@@ -187,6 +212,13 @@ class Folder:
     def gates_after(self) -> bool:
         """Whether a gate is part of the product before it, as on the CPU; elsewhere it quantises for the one after."""
         return self.device.type == "cpu"
+
+    def block(self, block: nn.Module) -> nn.Module:
+        if isinstance(block, SerialBlock):
+            return FoldedSerialBlock(block, self)
+        assert isinstance(block, ParallelBlock)
+        # Measured on two cores, 3 + 3 blocks of width 768: four maps take 0.95 of the time of two (int8 0.96).
+        return FoldedParallelBlock(block, self) if self.gates_after else JoinedParallelBlock(block, self)
 
     def map(
         self,
