@@ -102,34 +102,44 @@ __attribute__((noinline)) void multiply_tile(const typename Dot::Unit* rows, con
     fetch = fetching;
 }
 
-// A tile's first `rows` rows, which have `scales` where the weight has, on their way out.
+// A row of a tile on its way out, all of it or its first `count` columns; absent are null.
+template <int kGate, bool kWhole, class T>
+VITOK_INLINE void finish_row(const float* sums, const float* scale, const float* column_scales, const float* bias,
+                             const T* residual, T* to, int64_t count) {
+    constexpr int64_t most = kGate ? kPackedColumns / 2 : kPackedColumns;
+    const auto value = [&](int64_t c) __attribute__((always_inline)) {
+        Lanes y = lanes_load(sums + c);
+        if (column_scales) y = y * *scale * lanes_load(column_scales + c);
+        return bias ? y + lanes_load(bias + c) : y;
+    };
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < (kWhole ? most : count); c += kLanes) {
+        Lanes y = value(c);
+        if constexpr (kGate > 0) y = gated<kGate == 2>(y, value(c + most));
+        if (kWhole || count - c >= kLanes) {
+            lanes_store(to + c, residual ? lanes_load(residual + c) + y : y);
+        } else {
+            lanes_store_first(to + c, residual ? lanes_load_first(residual + c, count - c) + y : y, count - c);
+        }
+    }
+}
+
+// A tile's first `rows` rows, which have `scales` where the weight has.
 template <int kGate, class T>
 void finish_tile(const PackedLinear& a, int64_t first, int64_t rows, int64_t panel, const float* tile, const float* scales) {
     constexpr int64_t most = kGate ? kPackedColumns / 2 : kPackedColumns;
-    const int64_t column = panel * most, count = smaller(most, a.shape().width() - column);
+    const int64_t column = panel * most, count = a.shape().width() - column;
     const float* const column_scales = a.scales ? a.scales + panel * kPackedColumns : nullptr;
     const float* const bias = a.bias ? a.bias + panel * kPackedColumns : nullptr;
-    for (int64_t r = 0; r < rows; ++r) {
-        const float* const sums = tile + r * kPackedColumns;
-        T* const to = static_cast<T*>(a.out) + (first + r) * a.out_stride + column;
-        const T* const residual =
-            a.residual ? static_cast<const T*>(a.residual) + (first + r) * a.residual_stride + column : nullptr;
-        const auto value = [&](int64_t c) __attribute__((always_inline)) {
-            Lanes y = lanes_load(sums + c);
-            if (column_scales) y = y * scales[r] * lanes_load(column_scales + c);
-            return bias ? y + lanes_load(bias + c) : y;
-        };
-        for (int64_t c = 0; c < count; c += kLanes) {
-            Lanes y = value(c);
-            if constexpr (kGate > 0) y = gated<kGate == 2>(y, value(c + most));
-            const int64_t left = count - c;
-            if (left >= kLanes) {
-                lanes_store(to + c, residual ? lanes_load(residual + c) + y : y);
-            } else {
-                lanes_store_first(to + c, residual ? lanes_load_first(residual + c, left) + y : y, left);
-            }
-        }
-    }
+    T* to = static_cast<T*>(a.out) + first * a.out_stride + column;
+    const T* residual = a.residual ? static_cast<const T*>(a.residual) + first * a.residual_stride + column : nullptr;
+    const int64_t residual_stride = residual ? a.residual_stride : 0;
+    const auto each_row = [&](auto finish) __attribute__((always_inline)) {
+        for (int64_t r = 0; r < rows; ++r, tile += kPackedColumns, ++scales, to += a.out_stride, residual += residual_stride)
+            finish(tile, scales, column_scales, bias, residual, to, count);
+    };
+    if (count >= most) each_row(finish_row<kGate, true, T>);
+    else each_row(finish_row<kGate, false, T>);
 }
 
 // What one thread does: groups of kRows rows with panels.

@@ -10,8 +10,18 @@ namespace {
 
 typedef int16_t ShortLanes __attribute__((vector_size(2 * kLanes)));
 
-// To nearest, ties to even, for numbers of at most 2^22; of NaN, any integer.
-VITOK_INLINE IntLanes lanes_nearest(Lanes x) { return lanes_bits(x + lanes_set(0x1.8p23f)) - 0x4b400000; }
+// To nearest, ties to even, in the low 16 bits, for numbers of at most 2^15; of NaN, anything.
+VITOK_INLINE IntLanes lanes_nearest(Lanes x) { return lanes_bits(x + lanes_set(0x1.8p23f)); }
+
+VITOK_INLINE int32_t lanes_largest(IntLanes x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(x));
+#else
+    int32_t largest = x[0];
+    for (int i = 1; i < kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+#endif
+}
 
 // Integers as units, beside those of matrix_tiles.h. Words are pairs of int16, which every instruction set multiplies.
 struct Words {
@@ -66,7 +76,7 @@ struct Quads {
     }
     VITOK_INLINE void quantise(const float* from, int64_t n, float factor, Unit* to) {
         for (int64_t i = 0; i < n; i += kLanes) {
-            const IntLanes q = lanes_nearest(lanes_load(from + i) * factor) + kOffset;
+            const IntLanes q = lanes_nearest(lanes_load(from + i) * factor) ^ kOffset;
             _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i / 4), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(q)));
         }
     }
@@ -80,25 +90,25 @@ struct Scaling {
 
 constexpr int kChains = 4;  // independent partial sums of a row: one chain of additions would wait for each of them
 
-// `n` elements as fp32 with zeros up to a multiple of 64, the mean taken off for a layer norm.
-template <class T>
-VITOK_INLINE Scaling widen_row(const T* from, int64_t n, int64_t norm, float eps, float* to) {
+// `n` elements as fp32 with zeros up to a multiple of 64, the mean taken off for a layer norm (kNorm 2).
+template <int kNorm, class T>
+__attribute__((noinline)) Scaling widen_row(const T* from, int64_t n, float eps, float* to) {
     const int64_t padded = ceil_div(n, 64) * 64;
     const Lanes zero = lanes_set(0.0f);
     Lanes sum[kChains] = {zero, zero, zero, zero}, squares[kChains] = {zero, zero, zero, zero};
     IntLanes largest[kChains] = {};  // as bits, in which NaN is larger than every number
     const auto count = [&](Lanes x, int chain) __attribute__((always_inline)) {
         const IntLanes size = lanes_bits(x) & 0x7fffffff;
-        squares[chain] = lanes_fma(x, x, squares[chain]);
         largest[chain] = size > largest[chain] ? size : largest[chain];
+        if (kNorm) squares[chain] = lanes_fma(x, x, squares[chain]);
     };
     const auto mean = [n](const Lanes(&chain)[kChains]) {
         return lanes_sum((chain[0] + chain[1]) + (chain[2] + chain[3])) / static_cast<float>(n);
     };
     const auto take = [&](Lanes x, int64_t i, int chain) __attribute__((always_inline)) {
         lanes_store(to + i, x);
-        sum[chain] = sum[chain] + x;
-        count(x, chain);
+        if (kNorm == 2) sum[chain] = sum[chain] + x;
+        else count(x, chain);
     };
     int64_t i = 0;
     for (; i + kChains * kLanes <= n; i += kChains * kLanes)
@@ -108,10 +118,9 @@ VITOK_INLINE Scaling widen_row(const T* from, int64_t n, int64_t norm, float eps
     if (i < n) take(lanes_load_first(from + i, n - i), i, 1), i += kLanes;
     for (; i < padded; i += kLanes) lanes_store(to + i, zero);
 
-    if (norm == 2) {
+    if (kNorm == 2) {
         const float centre = mean(sum);
         for (i = n; i < padded; ++i) to[i] = centre;  // and zero once the mean is off
-        for (int chain = 0; chain < kChains; ++chain) squares[chain] = zero, largest[chain] = IntLanes{};
         for (i = 0; i < padded; i += kChains * kLanes)
 #pragma GCC unroll 4
             for (int chain = 0; chain < kChains; ++chain) {
@@ -122,10 +131,8 @@ VITOK_INLINE Scaling widen_row(const T* from, int64_t n, int64_t norm, float eps
             }
     }
     for (int chain = 1; chain < kChains; ++chain) largest[0] = largest[chain] > largest[0] ? largest[chain] : largest[0];
-    int32_t top = 0;
-    for (int lane = 0; lane < kLanes; ++lane) top = largest[0][lane] > top ? largest[0][lane] : top;
-    const float factor = norm ? 1.0f / square_root(mean(squares) + eps) : 1.0f;
-    return {factor, bits_float(static_cast<uint32_t>(top))};
+    const float factor = kNorm ? 1.0f / square_root(mean(squares) + eps) : 1.0f;
+    return {factor, bits_float(static_cast<uint32_t>(lanes_largest(largest[0])))};
 }
 
 // A row as units, zero up to a multiple of 64 elements; returns its scale. `wide` is room for it as fp32.
@@ -134,7 +141,8 @@ VITOK_INLINE float make_row(const PackedLinear& a, int64_t row, float* wide, typ
     const T* const from = static_cast<const T*>(a.x) + row * a.x_stride;
     const int64_t padded = ceil_div(a.inner, 64) * 64;
     if constexpr (Dot::kElements == 1) wide = to;
-    const Scaling scaling = widen_row(from, a.inner, a.norm, static_cast<float>(a.eps), wide);
+    const auto widen = a.norm == 0 ? widen_row<0, T> : a.norm == 1 ? widen_row<1, T> : widen_row<2, T>;
+    const Scaling scaling = widen(from, a.inner, static_cast<float>(a.eps), wide);
     if constexpr (Dot::kIntegers) {
         const float top = scaling.largest;
         Dot::quantise(wide, padded, top > 0x1p-119f ? 127.0f / top : 0.0f, to);  // of smaller ones it would be infinite
