@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +25,7 @@ from vitok.ops import _packed_native as native  # noqa: E402
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 PACKED = [torch.float32, torch.bfloat16, torch.int8]
+CSRC = Path(__file__).parents[2] / "csrc"
 BAND = 4096  # bytes before and behind everything that the kernels are given to write
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
 # rows, inner, columns, norm, gate, bias, residual
@@ -335,3 +341,64 @@ def test_refused_arguments_of_pack(change, message):
 def test_refused_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         _C.packed_linear_cpu(**(VALID | change))
+
+
+POINTER, INT64 = ctypes.c_void_p, ctypes.c_int64
+
+
+class Product(ctypes.Structure):
+    """PackedLinear of csrc/common/packed_linear.h."""
+
+    _fields_ = [
+        ("x", POINTER), ("dtype", ctypes.c_int), ("rows", INT64), ("inner", INT64), ("columns", INT64),
+        ("x_stride", INT64), ("norm", INT64), ("eps", ctypes.c_double), ("weight", POINTER),
+        ("weight_dtype", ctypes.c_int), ("bias", POINTER), ("scales", POINTER), ("sums", POINTER), ("gate", INT64),
+        ("residual", POINTER), ("residual_stride", INT64), ("out", POINTER), ("out_stride", INT64),
+        ("scratch", POINTER), ("scratch_bytes", INT64), ("threads", INT64),
+    ]  # fmt: skip
+
+
+EMULATED = """
+#include "common/packed_linear.h"
+namespace vitok::avx512 {
+void packed_linear(const PackedLinear&);
+}
+extern "C" void packed_linear(const vitok::PackedLinear* a) { vitok::avx512::packed_linear(*a); }
+"""
+
+
+@pytest.fixture(scope="module")
+def emulated_library(tmp_path_factory, usable_isas):
+    """The kernel with bf16 dot products emulated."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None or "avx512" not in usable_isas or not CSRC.is_dir():
+        pytest.skip("needs the sources, a C++ compiler and AVX-512")
+    folder = tmp_path_factory.mktemp("emulated")
+    (folder / "emulated.cpp").write_text(EMULATED)
+    subprocess.run(
+        [
+            compiler, "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-mavx2", "-mfma", "-mf16c",
+            "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-DVITOK_EMULATE_BF16", "-DVITOK_ISA=avx512",
+            f"-I{CSRC}", "emulated.cpp", str(CSRC / "cpu" / "packed_linear.cpp"), "-o", "emulated.so",
+        ],
+        cwd=folder, check=True, timeout=600,
+    )  # fmt: skip
+    return ctypes.CDLL(str(folder / "emulated.so"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bf16_dot_products_emulated(emulated_library, monkeypatch, case, judge):
+    numbers = {"dtype": {"bfloat16": 2}, "weight_dtype": {"bfloat16": 1}}
+    run = _native.run
+
+    def call(kernel, like, *values):
+        if kernel != "packed_linear":
+            return run(kernel, like, *values)
+        arguments = Product()
+        for (field, kind), value in zip(Product._fields_, values, strict=True):
+            setattr(arguments, field, kind(numbers[field][value] if isinstance(value, str) else value))
+        emulated_library.packed_linear(ctypes.byref(arguments))
+
+    monkeypatch.setattr(_native, "run", call)
+    compare(judge, "avx512_bf16", torch.bfloat16, torch.bfloat16, *case)
