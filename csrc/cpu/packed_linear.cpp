@@ -16,6 +16,7 @@ namespace VITOK_ISA {
 namespace {
 
 constexpr int64_t kCache = 1 << 19;  // bytes of a block of rows: half a second cache, beside two panels
+constexpr int64_t kSummed = 256;     // products in one fp32 sum: the roundings of longer ones grow with their length
 static_assert(kPackedRows % kRows == 0 && kPackedColumns % (kWide * kLanes) == 0, "tiles divide blocks and panels");
 static_assert(kRows < kPackedOnTheWay, "a group and one more row have room");
 static_assert(kPackedColumns / 2 % kLanes == 0, "vectors divide the halves of a gated panel");
@@ -77,27 +78,33 @@ template <class Dot>
 __attribute__((noinline)) void multiply_tile(const typename Dot::Unit* rows, const typename Dot::Unit* panel, int64_t depth,
                                              const int32_t* sums, Fetch& fetch, float* tile) {
     Fetch fetching = fetch;
+    const int64_t step = Dot::kIntegers ? larger(depth, 1) : kSummed;
     for (int64_t c = 0; c < kPackedColumns; c += kWide * kLanes) {
-        typename Dot::Sum sum[kRows][kWide];
-#pragma GCC unroll 4
-        for (int w = 0; w < kWide; ++w) {
-            typename Dot::Sum start{};
-            if constexpr (Dot::kIntegers) {
-                memcpy(&start, sums + c + w * kLanes, sizeof start);
-                start *= -Dot::kOffset;
-            }
-#pragma GCC unroll 12
-            for (int r = 0; r < kRows; ++r) sum[r][w] = start;
-        }
-        multiply<Dot, kWide>(rows, 1, kRows, panel + c, kPackedColumns, depth, sum, fetching);
-#pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r)
+        int64_t k = 0;
+        do {
+            typename Dot::Sum sum[kRows][kWide];
 #pragma GCC unroll 4
             for (int w = 0; w < kWide; ++w) {
-                float* const to = tile + r * kPackedColumns + c + w * kLanes;
-                if constexpr (Dot::kIntegers) lanes_store(to, __builtin_convertvector(sum[r][w], Lanes));
-                else lanes_store(to, sum[r][w]);
+                typename Dot::Sum start{};
+                if constexpr (Dot::kIntegers) {
+                    memcpy(&start, sums + c + w * kLanes, sizeof start);
+                    start *= -Dot::kOffset;
+                }
+#pragma GCC unroll 12
+                for (int r = 0; r < kRows; ++r) sum[r][w] = start;
             }
+            multiply<Dot, kWide>(rows + k * kRows, 1, kRows, panel + k * kPackedColumns + c, kPackedColumns,
+                                 smaller(step, depth - k), sum, fetching);
+#pragma GCC unroll 12
+            for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+                for (int w = 0; w < kWide; ++w) {
+                    float* const to = tile + r * kPackedColumns + c + w * kLanes;
+                    if constexpr (Dot::kIntegers) lanes_store(to, __builtin_convertvector(sum[r][w], Lanes));
+                    else lanes_store(to, k > 0 ? lanes_load(to) + sum[r][w] : sum[r][w]);
+                }
+            k += step;
+        } while (k < depth);
     }
     fetch = fetching;
 }

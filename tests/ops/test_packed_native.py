@@ -134,6 +134,14 @@ def test_sizes(isa, packed, judge):
         compare(judge, isa, torch.float32, packed, rows, inner, columns, None, None, True, None)
 
 
+def test_long_sums_are_as_exact_as_short_ones(isa, judge):
+    x, weight, _, _ = make(torch.float32, 13, 8192, 33, bias=False)
+    found = native.run(x, native.pack(weight, None, torch.float32, False), 33, torch.float32)
+    oracle = x.double() @ weight.double().t()
+    judge(found, F.linear(x, weight), oracle)
+    assert (found - oracle).square().mean().sqrt() <= 1e-6 * oracle.square().mean().sqrt()
+
+
 def unpacked(made, columns, inner, dtype, gated):
     """The weight as it lies in the panels, [panels * 32, inner] in their order, and the zeros past its ends."""
     e = native.ELEMENTS[dtype]
