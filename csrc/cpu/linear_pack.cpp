@@ -19,10 +19,11 @@ VITOK_INLINE int64_t column_at(const PackedShape& shape, int64_t panel, int64_t 
 // To the nearest integer of at most 2^22.
 VITOK_INLINE int32_t nearest(float x) { return static_cast<int32_t>(float_bits(x + 0x1.8p23f) - 0x4b400000u); }
 
-template <class T>
+template <PackedType kType, class T>
 void pack_column(const LinearPack& a, int64_t panel, int64_t place) {
     const PackedShape shape = a.shape();
-    const int64_t elements = packed_elements(shape.type), column = column_at(shape, panel, place);
+    constexpr int64_t elements = packed_elements(kType);
+    const int64_t column = column_at(shape, panel, place);
     const T* const from = static_cast<const T*>(a.weight) + (column < 0 ? 0 : column * a.weight_strides[0]);
     const int64_t inner = column < 0 ? 0 : a.inner;  // past the end there are zeros alone
     char* const to = static_cast<char*>(a.packed) + panel * shape.panel_bytes() + place * 4;
@@ -33,7 +34,7 @@ void pack_column(const LinearPack& a, int64_t panel, int64_t place) {
     const int64_t place_in_row = panel * kPackedColumns + place;
 
     float factor = 0;
-    if (shape.type == PackedType::int8) {
+    if constexpr (kType == PackedType::int8) {
         uint32_t largest = 0;  // as bits, in which NaN is larger than every number
         for (int64_t i = 0; i < inner; ++i) {
             const uint32_t size = float_bits(weight(i)) & 0x7fffffffu;
@@ -46,9 +47,9 @@ void pack_column(const LinearPack& a, int64_t panel, int64_t place) {
     int32_t sum = 0;
     for (int64_t i = 0; i < shape.units() * elements; ++i) {
         const float value = i < inner ? weight(i) : 0.0f;
-        if (shape.type == PackedType::float32) {
+        if constexpr (kType == PackedType::float32) {
             memcpy(at(i), &value, 4);
-        } else if (shape.type == PackedType::bfloat16) {
+        } else if constexpr (kType == PackedType::bfloat16) {
             bf16 rounded;
             narrow(value, rounded);
             memcpy(at(i), &rounded, 2);
@@ -58,7 +59,7 @@ void pack_column(const LinearPack& a, int64_t panel, int64_t place) {
             sum += q;
         }
     }
-    if (shape.type == PackedType::int8) a.sums[place_in_row] = sum;
+    if constexpr (kType == PackedType::int8) a.sums[place_in_row] = sum;
     if (a.bias) {
         with_float(a.bias_dtype, [&](auto element) {
             const auto* const bias = static_cast<const decltype(element)*>(a.bias);
@@ -67,17 +68,26 @@ void pack_column(const LinearPack& a, int64_t panel, int64_t place) {
     }
 }
 
-}  // namespace
-
-void linear_pack(const LinearPack& a) {
+template <PackedType kType>
+void pack(const LinearPack& a) {
     with_float(a.dtype, [&](auto element) {
         const int64_t panels = a.shape().panels();
 #if defined(_OPENMP)
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(a.threads)) if (a.threads > 1)
 #endif
         for (int64_t panel = 0; panel < panels; ++panel)
-            for (int64_t place = 0; place < kPackedColumns; ++place) pack_column<decltype(element)>(a, panel, place);
+            for (int64_t place = 0; place < kPackedColumns; ++place) pack_column<kType, decltype(element)>(a, panel, place);
     });
+}
+
+}  // namespace
+
+void linear_pack(const LinearPack& a) {
+    switch (a.shape().type) {
+        case PackedType::float32: return pack<PackedType::float32>(a);
+        case PackedType::bfloat16: return pack<PackedType::bfloat16>(a);
+        case PackedType::int8: return pack<PackedType::int8>(a);
+    }
 }
 
 }  // namespace VITOK_ISA
