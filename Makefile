@@ -5,6 +5,8 @@ BIN := .venv/bin
 STAMP := .venv/installed
 # One process a core, whole files to each, so that what a file sets up once is set up once.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+PEERS := .venv/peers
+RESULTS := --out benchmarks/results
 KERNELS := benchmarks/results/kernel-resources.json
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
@@ -49,15 +51,23 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup
-	$(BIN)/pytest benchmarks/test_model.py --benchmark-json=benchmarks/results/latest.json
-	$(BIN)/python benchmarks/report.py benchmarks/results/latest.json
+# Whole models, ours and other people's; then the tables that follow from the rows. What cannot be measured here says so.
+bench: setup $(PEERS)
+	failed=0; \
+	$(BIN)/vitok bench model --batch 8 --what both $(RESULTS) || failed=1; \
+	$(BIN)/vitok bench model --batch 1 --what encode,decode $(RESULTS) --resume || failed=1; \
+	for suite in peers scale packed; do $(BIN)/vitok bench $$suite $(RESULTS) || failed=1; done; \
+	$(BIN)/python docs/generate.py && exit $$failed
+
+# What peers are compared with; none of it is needed for anything else.
+$(PEERS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[peers]"
+	touch $(PEERS)
 
 # Every op beside its peers; then what follows from the rows: the order of `auto`, the plots and the tables.
 bench-ops: setup
-	$(BIN)/pytest -q benchmarks/ops --results benchmarks/results
+	$(BIN)/vitok bench ops $(RESULTS)
 	$(BIN)/python benchmarks/auto.py
-	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python docs/generate.py
 
 docs: setup

@@ -1,4 +1,4 @@
-"""Make vitok/ops/auto.json, the order in which "auto" tries implementations, from the rows of `make bench-ops`:
+"""Make vitok/ops/auto.json, the order in which "auto" tries implementations, from the rows of `vitok bench ops`:
 
     python benchmarks/auto.py
 

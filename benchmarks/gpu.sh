@@ -3,12 +3,13 @@
 #
 #   benchmarks/gpu.sh [--dry-run] [FOLDER]
 #
-# FOLDER, by default benchmarks/results/gpu, gets at most 6 files:
+# FOLDER, by default benchmarks/results/gpu, gets at most 10 files:
 #   stages.txt                result and seconds of each stage, and a sum over the sources it was run on
 #   log.txt                   what every stage printed, one test a line
 #   machine.json              GPU, driver, torch, triton, and how the native library was built, or why there is none
 #   tests.xml, sanitizer.xml  tests/gpu; compute-sanitizer's three tools side by side over small cases
-#   ops-cuda.csv              benchmarks/ops, a row a provider, on disk as soon as it is measured
+#   ops-cuda.csv              vitok bench ops, a row a provider, on disk as soon as it is measured
+#   model-, peers-, scale-, packed-cuda.csv  the same of whole models
 #
 # No network: it builds with the compilers and Python packages that are there, into build/gpu only. The build is for the GPU that
 # is there and fails without its CUDA kernels; the other stages then run with Python and Triton alone, and the exit code is 1.
@@ -17,7 +18,7 @@
 # that is out of time is interrupted, so that its report is written, and killed 10 s later.
 # Run it again after an interruption: a stage that is done on the same sources is not run again, and benchmarks go on with the rows
 # that are missing. Exits with 0 when all stages are done, with 2 when it cannot start.
-# PYTHON chooses the interpreter, BUDGET the seconds in all, STAGES some of "build tests sanitizer bench". --dry-run goes through all
+# PYTHON chooses the interpreter, BUDGET the seconds in all, STAGES some of "build tests sanitizer bench models". --dry-run goes through all
 # stages and prints their commands instead of running them; it needs no GPU and leaves no files.
 set -uo pipefail
 
@@ -46,6 +47,7 @@ cd "$work"  # not the root, whose folders would stand in for the installed packa
 has() { "$python" -c "import $1" 2> /dev/null; }
 parallel=""
 has xdist && parallel="-n $(n=$(env -u OMP_NUM_THREADS nproc); echo $((n < 12 ? n : 12)))"
+vitok=("$python" -c "from vitok.cli import main; main()")
 pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -v -rs)
 
 # What is planned, in the dry run; else what is done.
@@ -59,7 +61,7 @@ sources_of() {
     local files=(csrc kernels vitok setup.py CMakeLists.txt pyproject.toml)
     case $1 in
         tests | sanitizer) files+=(tests "$work/built") ;;
-        bench) files+=(benchmarks/ops benchmarks/conftest.py "$work/built") ;;
+        bench | models) files+=("$work/built") ;;
     esac
     (cd "$root" && { echo "$arch"; find "${files[@]}" -type f ! -name "*.pyc" ! -name "_C.*" ! -name _build.json -print0 2> /dev/null \
         | LC_ALL=C sort -z | xargs -0 sha256sum; } | sha256sum | cut -c 1-16)
@@ -100,7 +102,7 @@ bench() {
     local code failed=0
     for dtype in bfloat16 float32; do
         while :; do
-            act "${pytest[@]}" --benchmark-disable --results "$out" --resume -k "$dtype" "$root/benchmarks/ops"
+            act "${vitok[@]}" bench ops --dtype "$dtype" --seconds 0.1 --out "$out" --resume
             code=$?
             [ "$code" = 75 ] || break
         done
@@ -109,10 +111,30 @@ bench() {
     return "$failed"
 }
 
-selected() { [[ " ${STAGES:-build tests sanitizer bench} " == *" $1 "* ]]; }
+# Whole models. Each command writes its rows as they come, so that the next run goes on with what is missing.
+models() {
+    local failed=0
+    local photos=(--photos "$root/examples/photos")
+    local quick="reference,vitok,vitok fast bf16,vitok fast int8,vitok fast fp8,linear layers alone"
+    for suite in packed peers "scale --limit 5"; do
+        act "${vitok[@]}" bench $suite --device cuda --out "$out" --resume || failed=$?
+    done
+    act "${vitok[@]}" bench model S-B/16 --batch 1,8,256 --what encode,decode,both,train --providers "$quick" "${photos[@]}" \
+        --device cuda --out "$out" --resume || failed=$?
+    act "${vitok[@]}" bench model S-L/16 --batch 64 --what both --providers "$quick" "${photos[@]}" \
+        --device cuda --out "$out" --resume || failed=$?
+    act "${vitok[@]}" bench model S-B/16 --batch 1,256 --what both --providers "$quick,compile,compile max-autotune" "${photos[@]}" \
+        --device cuda --out "$out" --resume || failed=$?
+    return "$failed"
+}
+
+selected() { [[ " ${STAGES:-build tests sanitizer bench models} " == *" $1 "* ]]; }
 
 # The seconds that the stages before leave to each at least; together well under the budget, so that the build has some too.
-declare -A least=([build]=0 [tests]=120 [sanitizer]=70 [bench]=180)
+declare -A least=([build]=0 [tests]=110 [sanitizer]=60 [bench]=110 [models]=110)
+
+# The files of rows that a stage writes; JSON and pictures beside them say the same and are not kept.
+declare -A rows=([bench]=ops [models]="model peers scale packed")
 
 # note NAME TEXT: the line of the stage in stages.txt.
 note() {
@@ -137,10 +159,12 @@ stage() {
         echo "== $name: done before"
         return 0
     fi
-    if [ "$name" = bench ] && [ -e "$out/ops-cuda.csv" ] && ! grep -q "^bench .*, sources $mark\$" "$out/stages.txt"; then
-        echo "the rows of other sources go to $work/ops-cuda.csv"
-        mv "$out/ops-cuda.csv" "$work/ops-cuda.csv"
-    fi
+    for file in ${rows[$name]:-}; do
+        if [ -e "$out/$file-cuda.csv" ] && ! grep -q "^$name .*, sources $mark\$" "$out/stages.txt"; then
+            echo "the rows of other sources go to $work/$file-cuda.csv"
+            mv "$out/$file-cuda.csv" "$work/$file-cuda.csv"
+        fi
+    done
     start=$(date +%s) limit=$((deadline - $(date +%s)))
     for later in "$@"; do
         selected "$later" && limit=$((limit - least[$later]))
@@ -154,10 +178,11 @@ stage() {
     rm -f "$out/$name.xml"
     echo "== $name, at most $limit s"
     VITOK_STAGE_SECONDS=$limit timeout -s INT -k 10 "$limit" env --default-signal=INT bash -c \
-        "$(declare -f); $(declare -p python pytest parallel root out work site arch dry); trap 'exit 130' INT; $name"
+        "$(declare -f); $(declare -p python vitok pytest parallel root out work site arch dry); trap 'exit 130' INT; $name"
     code=$?
     [ "$code" = 0 ] || { result="failed with exit code $code"; failed="$failed $name"; }
     [ "$code" != 124 ] && [ "$code" != 137 ] || result="out of time"
+    for file in ${rows[$name]:-}; do rm -f "$out/$file-cuda.json" "$out/$file-cuda.png"; done
     [ ! -e "$out/$name.xml" ] || sed -i 's/ hostname="[^"]*"//' "$out/$name.xml"
     result="$result after $(($(date +%s) - start)) s$(counts "$out/$name.xml")"
     note "$name" "$result, sources $mark"
@@ -172,14 +197,15 @@ major, minor = torch.cuda.get_device_capability()
 print("90a" if (major, minor) == (9, 0) else 10 * major + minor)') || { echo "gpu.sh: torch sees no CUDA device"; exit 2; }
 fi
 failed=""
-stage build tests sanitizer bench
+stage build tests sanitizer bench models
 if selected build; then
     [ -e "$work/built" ] || python_alone
-    act timeout 60 "$python" "$root/benchmarks/machine.py" "$out/machine.json" || failed="$failed machine.json"
+    act timeout 60 "$python" -m vitok.bench.machine "$out/machine.json" || failed="$failed machine.json"
 fi
-stage tests sanitizer bench
-stage sanitizer bench
-stage bench
+stage tests sanitizer bench models
+stage sanitizer bench models
+stage bench models
+stage models
 cat "$out/stages.txt"
 [ -e "$work/built" ] || echo "gpu.sh: no native CUDA kernel was built, tested or timed"
 [ -z "$failed" ] || { echo "gpu.sh: not done:$failed"; exit 1; }

@@ -6,7 +6,6 @@ A table stands between `<!-- generated: NAME -->` and `<!-- end -->` and comes f
 import csv
 import json
 import re
-import runpy
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -60,18 +59,132 @@ def examples() -> str:
     return "\n".join(lines)
 
 
-def benchmarks() -> str:
-    """Timings, from `make bench`."""
-    table: Callable[[Path], str] = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))["table"]
-    return table(RESULTS / "cpu-avx512.json")
+Rows = list[dict[str, str]]
+
+
+def results(kind: str) -> list[Rows]:
+    """The rows of every file of a kind that `vitok bench` wrote, a file a device."""
+    found = []
+    for path in sorted(RESULTS.glob(f"{kind}-*.csv")):
+        with open(path, newline="") as file:
+            found.append(list(csv.DictReader(file)))
+    return [rows for rows in found if rows]
+
+
+def measured_with(row: dict[str, str]) -> str:
+    peers = f", diffusers {row['diffusers']}" if row.get("diffusers") else ""
+    return (
+        f"{row['date']}, {row['device']}, {row['threads']} threads, {row['cpu_isa']}, torch {row['torch']}{peers}, "
+        f"commit {row['commit'][:12]}"
+    )
+
+
+def table(kind: str, columns: dict[str, str], chosen: Callable[[Rows], Rows] = list) -> str:
+    """Columns {name: heading} of the rows of a kind, with what they were measured with."""
+    lines = []
+    for rows in results(kind):
+        lines += [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
+        for row in chosen(rows):
+            cells = [pretty(row[name]) for name in columns if not (row["refused"] and name == "ms_p50")]
+            if row["refused"]:
+                cells.insert(list(columns).index("ms_p50"), row["refused"])
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", measured_with(rows[0]), ""]
+    return "\n".join(lines).rstrip() or f"No rows yet: `vitok bench {kind} --out benchmarks/results` writes them."
+
+
+def pretty(text: str) -> str:
+    """A number as people read it, anything else as it is."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+
+
+def whole_models() -> str:
+    return table(
+        "model",
+        {
+            "case": "model", "batch": "batch", "what": "what", "provider": "provider", "ms_p50": "ms p50",
+            "ms_p95": "p95", "images_per_s": "images/s", "percent_of_matmul": "% of matmul rate",
+            "linear_share": "linear layers' share", "ratio_to_reference": "times eager reference", "peak_mb": "peak MB",
+            "psnr_change_db": "PSNR change, dB",
+        },
+    )  # fmt: skip
+
+
+def fastest(rows: Rows) -> Rows:
+    """Of several variants of a provider the fastest, and what was skipped as a whole."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["case"], row["what"], row["provider"]].append(row)
+    timed = {key: [row for row in group if row["ms_p50"]] for key, group in groups.items()}
+    return [min(timed[key], key=lambda row: float(row["ms_p50"])) if timed[key] else groups[key][0] for key in groups]
+
+
+def peers() -> str:
+    return table(
+        "peers",
+        {
+            "case": "size", "what": "what", "provider": "model", "dtype": "dtype", "layout": "layout",
+            "ms_p50": "ms p50", "gmac": "GMAC", "macs_ratio": "times our MACs", "time_ratio": "times our time",
+        },
+        fastest,
+    )  # fmt: skip
+
+
+def scale() -> str:
+    columns = ("case", "frames", "size", "provider", "ms_p50", "ns_per_pixel", "mpixel_per_s", "peak_mb")
+    headings = ("model", "frames", "size", "provider", "ms p50", "ns a pixel", "Mpixel/s", "peak MB")
+    return table("scale", dict(zip(columns, headings, strict=True)))
+
+
+def packed() -> str:
+    columns = ("case", "what", "provider", "ms_p50", "tokens_per_s", "percent_of_uniform")
+    headings = ("model", "what", "provider", "ms p50", "tokens/s", "% of the uniform batch's rate")
+    return table("packed", dict(zip(columns, headings, strict=True)))
+
+
+def flop_claim() -> str:
+    """The saving in operations beside the saving in time, of the peers' fastest rows."""
+    lines = []
+    for rows in results("peers"):
+        timed = [r for r in fastest(rows) if r["time_ratio"] and not r["provider"].startswith("vitok")]
+        lines += [
+            "| size | peer | what | times our MACs | times our time | of the saving realised |",
+            "|---|---|---|---|---|---|",
+        ]
+        for r in timed:
+            macs, time = float(r["macs_ratio"]), float(r["time_ratio"])
+            what = f"| {r['case']} | {r['provider']} | {r['what']} "
+            lines.append(f"{what}| {macs:.1f} | {time:.1f} | {100 * time / macs:.0f}% |")
+        lines += ["", measured_with(rows[0]), ""]
+    return "\n".join(lines).rstrip() or "No rows yet: `vitok bench peers --out benchmarks/results` writes them."
+
+
+def speed() -> str:
+    """Encode and decode in sum, ours and the peers', each in its fastest variant."""
+    lines = []
+    for rows in results("peers"):
+        sums: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+        for row in fastest(rows):
+            if row["ms_p50"]:
+                sums[row["case"], row["provider"]].append(row)
+        total = {k: [sum(float(r[n]) for r in g) for n in ("ms_p50", "gmac")] for k, g in sums.items() if len(g) == 2}
+        lines += ["| input | model | ms | GMAC | times our time | times our MACs |", "|---|---|---|---|---|---|"]
+        for (case, provider), (ms, gmac) in total.items():
+            ours = min(v for (c, p), v in total.items() if c == case and p.startswith("vitok"))
+            cells = (case, provider, f"{ms:,.0f}", f"{gmac:,.0f}", f"{ms / ours[0]:.1f}", f"{gmac / ours[1]:.1f}")
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", measured_with(rows[0]), ""]
+    return "\n".join(lines).rstrip() or "No rows yet: `make bench` writes them."
 
 
 def ops() -> str:
     """Every row of `make bench-ops`, the losing ones too."""
     lines = []
-    for path in sorted(RESULTS.glob("ops-*.csv")):
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+    for rows in results("ops"):
         lines += [
             "| op | shape | dtype | direction | provider | ms, p20 - p50 - p80 | times eager | of copy or matmul |",
             "|---|---|---|---|---|---|---|---|",
@@ -84,13 +197,7 @@ def ops() -> str:
                 continue
             times = " - ".join(row[f"ms_{p}"] for p in ("p20", "p50", "p80"))
             lines.append(f"{what}| {times} | {float(row['ratio_to_eager']):.2f} | {share and f'{float(share):.0f}%'} |")
-        first = rows[0]
-        lines += [
-            "",
-            f"{first['date']}, {first['device']}, {first['threads']} threads, {first['cpu_isa']}, "
-            f"torch {first['torch']}, commit {first['commit'][:12]}",
-            "",
-        ]
+        lines += ["", measured_with(rows[0]), ""]
     return "\n".join(lines).rstrip()
 
 
@@ -154,11 +261,16 @@ TABLES = {
     "models": models,
     "heldout": heldout,
     "examples": examples,
-    "benchmarks": benchmarks,
+    "whole_models": whole_models,
+    "peers": peers,
+    "scale": scale,
+    "packed": packed,
+    "flop_claim": flop_claim,
+    "speed": speed,
     "triton_kernels": triton_kernels,
     "cuda_kernels": cuda_kernels,
 }
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "kernels.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "flop-claim", "kernels")))
 
 
 def generated(text: str) -> str:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
 import vitok
 from vitok import _native
-from vitok.ops._registry import OPS
+from vitok.ops._registry import preferring
 
 torch.set_num_threads(1)  # everything here is too small to share
 
@@ -131,20 +131,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def prefer() -> Callable[[str], AbstractContextManager[None]]:
     """`with prefer(impl)`: "auto" tries it first in every op that has it, as VITOK_IMPL does for a whole process."""
-
-    @contextmanager
-    def preferring(impl: str) -> Iterator[None]:
-        before = {op: (op.orders, op.compiled_orders) for op in OPS.values()}
-        for op, (orders, _) in before.items():
-            if impl in op.implementations:
-                op.orders = {key: (op.implementations[impl], *order) for key, order in orders.items()}
-                op.compiled_orders = op.orders
-        try:
-            yield
-        finally:
-            for op, orders in before.items():
-                op.orders, op.compiled_orders = orders
-
     return preferring
 
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vitok.bench import Rows, compare, timing_stream
+from vitok.bench import Rows, compare, measure, timing_stream
 from vitok.bench.ops import Case
 from vitok.bench.rows import LOST
 
@@ -152,11 +152,6 @@ def test_what_is_captured_runs_on_the_stream_it_was_made_on(monkeypatch):
     assert str(failed["outside"]).startswith("operation would")
 
 
-@pytest.fixture
-def harness() -> dict:
-    return runpy.run_path(str(ROOT / "benchmarks" / "ops" / "test_ops.py"))
-
-
 def double(**providers: Callable[[torch.Tensor], torch.Tensor]) -> Case:
     return Case(
         "norm", "4", lambda device, dtype, g: (torch.ones(4, dtype=dtype, device=device),), "eager",
@@ -168,16 +163,16 @@ def fails(x: torch.Tensor) -> torch.Tensor:
     raise LookupError("out of shared memory\nand more")
 
 
-def rates(dtype: torch.dtype) -> tuple[float, float]:
-    return 1.0, 1.0
+def measured(case: Case, rows: Rows, direction: str = "forward") -> bool:
+    return measure.measure(case, torch.float32, direction, CPU, lambda dtype: (1.0, 1.0), rows, seconds=0.0)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_a_row_for_every_provider(tmp_path, harness, direction):
-    rows = Rows(tmp_path / "ops.csv", (*COLUMNS, *harness_columns()), {})
+def test_a_row_for_every_provider(tmp_path, direction):
+    rows = Rows(tmp_path / "ops.csv", measure.COLUMNS, {})
     case = double(good=lambda x: x + x, wrong=lambda x: x * 3, fails=fails)
-    calls, able = harness["measure"](case, torch.float32, direction, rates, rows)
-    assert able and set(calls) == {"eager", "good"}
+    assert measured(case, rows, direction)
+    assert [row["provider"] for row in rows.rows if row["ms_p50"]] == ["eager", "good"]
     assert written(tmp_path / "ops.csv")[2:] == [
         ("norm", "wrong", "its numbers are not those of the eager composition"),
         ("norm", "fails", "out of shared memory"),
@@ -185,28 +180,25 @@ def test_a_row_for_every_provider(tmp_path, harness, direction):
     assert rows.complete(KEY | {"direction": direction}, list(case.providers))
 
 
-def test_a_provider_that_breaks_the_process_is_not_tried_again(tmp_path, harness, monkeypatch):
+def test_a_provider_that_breaks_the_process_is_not_tried_again(tmp_path, monkeypatch):
     case = double(breaks=fails, good=lambda x: x + x)
-    monkeypatch.setitem(harness["measure"].__globals__, "usable", lambda device: False)
-    rows = Rows(tmp_path / "ops.csv", (*COLUMNS, *harness_columns()), {}, resume=True)
-    calls, able = harness["measure"](case, torch.float32, "forward", rates, rows)
-    assert not able and not calls
+    monkeypatch.setattr(measure, "usable", lambda device: False)
+    rows = Rows(tmp_path / "ops.csv", measure.COLUMNS, {}, resume=True)
+    assert not measured(case, rows)
     assert written(tmp_path / "ops.csv") == [("norm", "breaks", LOST + "out of shared memory")]
 
-    rows = Rows(tmp_path / "ops.csv", (*COLUMNS, *harness_columns()), {}, resume=True)
+    rows = Rows(tmp_path / "ops.csv", measure.COLUMNS, {}, resume=True)
     assert not rows.complete(KEY, list(case.providers))
-    calls, able = harness["measure"](case, torch.float32, "forward", rates, rows)
-    assert able and set(calls) == {"eager", "good"} and rows.complete(KEY, list(case.providers))
-
-
-def harness_columns() -> tuple[str, ...]:
-    columns = runpy.run_path(str(ROOT / "benchmarks" / "conftest.py"))["COLUMNS"]
-    return tuple(name for name in columns if name not in COLUMNS)
+    assert measured(case, rows) and rows.complete(KEY, list(case.providers))
+    assert [row["provider"] for row in rows.rows if row["ms_p50"]] == ["eager", "good"]
 
 
 def gpu_sh(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=60)
+
+
+COMMANDS = ("bench ops --dtype bfloat16", "bench packed", "bench peers", "bench scale", "bench model S-B/16")
 
 
 @LINUX
@@ -215,10 +207,10 @@ def test_dry_run_plans_every_stage_within_the_budget(tmp_path):
     result = gpu_sh(SCRIPT, "--dry-run", TMPDIR=str(tmp_path), BUDGET="500")
     assert result.returncode == 0, result.stdout + result.stderr
     limits = dict(re.findall(r"^== (\w+), at most (\d+) s$", result.stdout, re.MULTILINE))
-    assert list(limits) == ["build", "tests", "sanitizer", "bench"]
+    assert list(limits) == ALL
     seconds = [int(limit) for limit in limits.values()]
     assert seconds == sorted(seconds) and seconds[0] >= 100 and seconds[-1] <= 500  # each but what the later need
-    for part in ("VITOK_CUDA=on VITOK_CUDA_ARCHS=90a", "--junitxml", "test_sanitizer.py", "--resume -k bfloat16"):
+    for part in ("VITOK_CUDA=on VITOK_CUDA_ARCHS=90a", "--junitxml", "test_sanitizer.py", *COMMANDS):
         assert part in result.stdout
     assert not os.listdir(tmp_path)
 
@@ -228,7 +220,7 @@ echo "$*" | head -1 >> "$CALLS"
 case "$*" in
     "-c import torch"*capability*) echo 90a ;;
     "-m pip install"*) [ ! -e "$CALLS.no-pip" ] ;;
-    *" -k bfloat16 "*) [ ! -e "$CALLS.break" ] || { rm "$CALLS.break"; exit 75; } ;;
+    *" --dtype bfloat16 "*) [ ! -e "$CALLS.break" ] || { rm "$CALLS.break"; exit 75; } ;;
 esac
 """
 
@@ -242,8 +234,7 @@ def tree(tmp_path: Path) -> SimpleNamespace:
         "kernels/a.py",
         "vitok/a.py",
         "tests/a.py",
-        "benchmarks/ops/a.py",
-        "benchmarks/conftest.py",
+        "benchmarks/a.py",
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
@@ -259,7 +250,13 @@ def tree(tmp_path: Path) -> SimpleNamespace:
         calls.write_text("")
         result = gpu_sh(root / "benchmarks" / "gpu.sh", PYTHON=str(python), CALLS=str(calls))
         made = calls.read_text()
-        marks = {"build": "pip install", "tests": "tests.xml", "sanitizer": "sanitizer.xml", "bench": "-k bfloat16"}
+        marks = {
+            "build": "pip install",
+            "tests": "tests.xml",
+            "sanitizer": "sanitizer.xml",
+            "bench": "--dtype bfloat16",
+        }
+        marks["models"] = "bench packed"
         return SimpleNamespace(
             code=result.returncode,
             said=result.stdout + result.stderr,
@@ -270,7 +267,7 @@ def tree(tmp_path: Path) -> SimpleNamespace:
     return SimpleNamespace(root=root, run=run, set=lambda name: Path(f"{calls}.{name}").touch())
 
 
-ALL = ["build", "tests", "sanitizer", "bench"]
+ALL = ["build", "tests", "sanitizer", "bench", "models"]
 
 
 @LINUX
@@ -284,10 +281,8 @@ def test_a_stage_runs_again_when_its_sources_changed(tree):
     assert tree.run().ran == ["tests", "sanitizer"]
     rows = tree.root / "benchmarks" / "results" / "gpu" / "ops-cuda.csv"
     rows.write_text("old")
-    (tree.root / "benchmarks" / "ops" / "a.py").write_text("other")
-    assert tree.run().ran == ["bench"] and not rows.exists()
     (tree.root / "csrc" / "a.cu").write_text("other")
-    assert tree.run().ran == ALL
+    assert tree.run().ran == ALL and not rows.exists()
 
 
 @LINUX
@@ -315,7 +310,7 @@ def test_what_was_done_without_native_kernels_is_done_again_with_them(tree):
 def test_benchmarks_go_on_in_another_process_after_a_kernel_broke_one(tree):
     tree.set("break")
     result = tree.run()
-    assert result.code == 0 and result.ran == [*ALL, "bench"], result.said
+    assert result.code == 0 and result.ran == [*ALL[:4], "bench", "models"], result.said
 
 
 @pytest.mark.parametrize(("seconds", "code"), [(0.5, None), (30.0, 3)])

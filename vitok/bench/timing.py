@@ -2,7 +2,8 @@
 
 On the CPU a sample is a few calls, at least a millisecond. On a GPU it is the replay of a CUDA graph of one call on
 each of several sets of inputs, together larger than the cache; the host's microseconds a call are measured beside it.
-Gradients are captured only on the stream on which their forward ran, so both belong inside `timing_stream`.
+Gradients are captured only on the stream on which their forward ran, so both belong inside `timing_stream`. Whole
+models are timed as they are called, to the end of the GPU's work: some bring graphs of their own.
 """
 
 from __future__ import annotations
@@ -10,27 +11,31 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from vitok.ops import linear
 
 SAMPLE_SECONDS = 1e-3
 WARM_UP = 2
+SLOW_SECONDS = 0.5  # a call that takes longer is warm after one
+LONG_SECONDS = 5.0  # beside which warming up is nothing
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: the 20th, 50th and 80th percentile of `samples` samples; `host_us` is the time until
-    an eager call returns, in microseconds, on a GPU."""
+    """Milliseconds of one call: the 20th, 50th, 80th and 95th percentile of `samples` samples; `host_us` is the time
+    until an eager call returns, in microseconds, on a GPU."""
 
     p20: float
     p50: float
     p80: float
+    p95: float
     samples: int
     host_us: float | None = None
 
@@ -56,7 +61,10 @@ def timing_stream(device: torch.device) -> Iterator[None]:
 
 
 def compare(
-    providers: Mapping[str, Sequence[Callable[[], object]]], device: torch.device, seconds: float = 2.0
+    providers: Mapping[str, Sequence[Callable[[], object]]],
+    device: torch.device,
+    seconds: float = 2.0,
+    graph: bool = True,
 ) -> tuple[dict[str, Timing], dict[str, Exception]]:
     """Time providers against each other.
 
@@ -66,21 +74,26 @@ def compare(
         device: where they compute.
         seconds: to spend on measuring all of them; every provider gets at least five samples, or two when five would
             take ten times as long.
+        graph: on a GPU, time the replay of captured calls; False times the calls themselves, which have run before.
 
     Returns: a `Timing` for each name, in the order given, and what was raised by those that have none.
     """
     samplers: dict[str, Callable[[], float]] = {}
+    first: dict[str, list[float]] = {}
     host: dict[str, float | None] = {}
     failed: dict[str, Exception] = {}
-    with timing_stream(device):
+    captured = graph and device.type == "cuda"
+    with timing_stream(device) if captured else nullcontext():
         for name, calls in providers.items():
             try:
-                samplers[name] = _graph_sampler(calls) if device.type == "cuda" else _cpu_sampler(calls[0])
-                host[name] = _host_microseconds(calls[0]) if device.type == "cuda" else None
+                samplers[name], first[name] = (
+                    (_graph_sampler(calls), []) if captured else _wall_sampler(calls[0], device)
+                )
+                host[name] = _host_microseconds(calls[0]) if captured else None
             except Exception as error:
                 failed[name] = error
         names = [name for name in samplers if name not in failed]
-        taken: dict[str, list[float]] = {name: [] for name in names}
+        taken = {name: first[name] for name in names}
         start = time.perf_counter()
         while names and not _enough(min(len(taken[name]) for name in names), time.perf_counter() - start, seconds):
             for name in tuple(names):
@@ -117,11 +130,17 @@ def copy_rate(device: torch.device, size: int = 2**28) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """Operations a second of a square matrix product in the fastest way there is, two for each multiply-accumulate."""
+    """Operations a second of `product`."""
+    call, operations = product(device, dtype, size)
+    return operations / _seconds(call, device)
+
+
+def product(device: torch.device, dtype: torch.dtype, size: int | None = None) -> tuple[Callable[[], Tensor], int]:
+    """A square matrix product in the fastest way there is, and its operations, two for each multiply-accumulate."""
     n = size or (8192 if device.type == "cuda" else 1536)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     multiply = F.linear if device.type == "cuda" else linear
-    return 2 * n**3 / _seconds(lambda: multiply(a, b), device)
+    return torch.inference_mode()(lambda: multiply(a, b)), 2 * n**3
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -141,24 +160,27 @@ def _enough(samples: int, elapsed: float, seconds: float) -> bool:
 
 
 def _timing(seconds: list[float], host_us: float | None) -> Timing:
-    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-    return Timing(1e3 * fifths[0], 1e3 * statistics.median(seconds), 1e3 * fifths[3], len(seconds), host_us)
+    parts = [1e3 * part for part in statistics.quantiles(seconds, n=20, method="inclusive")]
+    return Timing(parts[3], 1e3 * statistics.median(seconds), parts[15], parts[18], len(seconds), host_us)
 
 
-def _cpu_sampler(call: Callable[[], object]) -> Callable[[], float]:
-    for _ in range(WARM_UP):
-        call()
-    start = time.perf_counter()
-    call()
-    repeats = max(1, round(SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-7)))
+def _wall_sampler(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], float], list[float]]:
+    """What takes a sample, and the samples that warming up gave: of a call that takes very long, its first."""
 
-    def sample() -> float:
+    def seconds(repeats: int) -> float:
         start = time.perf_counter()
         for _ in range(repeats):
             call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return (time.perf_counter() - start) / repeats
 
-    return sample
+    for _ in range(WARM_UP + 1):
+        once = seconds(1)
+        if once > SLOW_SECONDS:
+            break
+    repeats = max(1, round(SAMPLE_SECONDS / max(once, 1e-7)))
+    return lambda: seconds(repeats), [once] if once > LONG_SECONDS else []
 
 
 def _graph_sampler(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:

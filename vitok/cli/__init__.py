@@ -9,6 +9,7 @@ import sys
 import click
 
 import vitok
+from vitok.cli.bench import bench
 from vitok.cli.codec import decode, encode
 from vitok.cli.common import TRACEBACK, describe
 from vitok.cli.inspect import info, models
@@ -25,7 +26,7 @@ def command() -> None:
     """A fast visual tokenizer: pictures and clips to a few latent vectors and back."""
 
 
-for subcommand in (info, models, reconstruct, encode, decode, train, evaluate):
+for subcommand in (info, models, reconstruct, encode, decode, train, evaluate, bench):
     command.add_command(subcommand)
 
 

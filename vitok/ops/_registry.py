@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,24 @@ def preferences() -> list[Preference]:
                 where, _, name = key.partition(" ")
                 lines.append(Preference(op.name, where, name, order, why))
     return lines
+
+
+@contextmanager
+def preferring(impl: str) -> Iterator[None]:
+    """`with preferring(impl)`: "auto" tries it first in every op that has it, as VITOK_IMPL does for a process.
+
+    For the whole process, not for one thread.
+    """
+    before = {op: (op.orders, op.compiled_orders) for op in OPS.values()}
+    for op, (orders, _) in before.items():
+        if impl in op.implementations:
+            op.orders = {key: (op.implementations[impl], *order) for key, order in orders.items()}
+            op.compiled_orders = op.orders
+    try:
+        yield
+    finally:
+        for op, orders in before.items():
+            op.orders, op.compiled_orders = orders
 
 
 def check_environment() -> None:

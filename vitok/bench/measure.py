@@ -1,56 +1,48 @@
-"""Every op against the eager composition and its peers: providers interleaved in one process, one CSV of all rows.
-
-    pytest benchmarks/ops --results benchmarks/results
+"""How ops are measured: every implementation against the eager composition and its peers, a row each.
 
 A provider whose numbers differ from those of the eager composition in float32 prints no time, and one that fails prints
-why. Rows are in the file as soon as they are measured; with `--resume` only those are measured that the file lacks.
-pytest-benchmark keeps the time of one provider, for comparing one's own runs; the ratios are of the interleaved rows.
+why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-import pytest
 import torch
 import torch._functorch.config
 from torch import Tensor
 
-from vitok.bench import Rows, compare, copy_rate, matmul_rate, timing_stream, usable
-from vitok.bench.ops import Case, cases
-from vitok.bench.rows import LOST
+from vitok.bench.machine import FACTS
+from vitok.bench.ops import Case
+from vitok.bench.rows import LOST, Rows
+from vitok.bench.timing import compare, timing_stream, usable
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DIRECTIONS = ("forward", "backward")
+COLUMNS = (
+    "case", "op", "shape", "dtype", "input_dtype", "direction", "provider", "ms_p20", "ms_p50", "ms_p80", "samples",
+    "host_us", "ratio_to_eager", "gb_per_s", "percent_of_copy", "gflop_per_s", "percent_of_matmul", "refused", *FACTS,
+)  # fmt: skip
 L2_BYTES = 64 * 2**20
-SECONDS = 0.1 if DEVICE.type == "cuda" else 0.3  # a provider; what is captured takes well under a millisecond
-RESTART = 75  # exit code: the rows so far are in the file, and the rest needs a process of its own (with --resume)
+Rates = Callable[[torch.dtype], tuple[float, float]]
+"""rates(dtype): bytes a second of a copy, operations a second of a matrix product."""
 
 
-@pytest.fixture(scope="session")
-def rates() -> Callable[[torch.dtype], tuple[float, float]]:
-    """(bytes a second of a copy, operations a second of a matrix product in a dtype), measured once a run."""
-    copy = copy_rate(DEVICE)
-    matmul = {dtype: matmul_rate(DEVICE, dtype) for dtype in (torch.bfloat16, torch.float32)}
-    return lambda dtype: (copy, matmul[dtype])
-
-
-def make_inputs(case: Case, dtype: torch.dtype) -> list[tuple]:
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[tuple[Any, ...]]:
     """One set of inputs, on a GPU as many as three times its cache holds."""
     generator = torch.Generator().manual_seed(0)
-    first = case.inputs(DEVICE, dtype, generator)
-    if DEVICE.type == "cpu":
+    first = case.inputs(device, dtype, generator)
+    if device.type == "cpu":
         return [first]
     size = sum(x.numel() * x.element_size() for x in first if isinstance(x, Tensor))
-    return [first, *(case.inputs(DEVICE, dtype, generator) for _ in range(min(15, 3 * L2_BYTES // size)))]
+    return [first, *(case.inputs(device, dtype, generator) for _ in range(min(15, 3 * L2_BYTES // size)))]
 
 
-def forward_call(provider: Callable[..., Tensor], inputs: tuple) -> Callable[[], Tensor]:
+def forward_call(provider: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[[], Any]:
     return partial(torch.inference_mode()(provider), *inputs)
 
 
-def backward_call(provider: Callable[..., Tensor], inputs: tuple) -> Callable[[], tuple[Tensor, ...]]:
+def backward_call(provider: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[[], tuple[Tensor, ...]]:
     """The gradients of all float inputs but the position table, the graph kept from one forward."""
     leaves = [x.detach().clone().requires_grad_() if differentiable(x) else x for x in inputs]
     wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
@@ -66,7 +58,7 @@ def differentiable(x: object) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and not (x.dim() == 3 and x.shape[0] == 2)
 
 
-def agrees(actual: object, expected: object, tolerance: float) -> bool:
+def agrees(actual: Any, expected: Any, tolerance: float) -> bool:
     """Largest error within `tolerance` of the largest expected value, for each tensor; fp32 a hundred times closer."""
     for a, e in zip(*((x,) if isinstance(x, Tensor) else x for x in (actual, expected)), strict=True):
         if a is None or e is None:
@@ -82,16 +74,23 @@ def reason(error: Exception) -> str:
 
 
 def measure(
-    case: Case, dtype: torch.dtype, direction: str, rates: Callable[[torch.dtype], tuple[float, float]], rows: Rows
-) -> tuple[dict[str, Callable[[], object]], bool]:
-    """Add a row for every provider of a case.
+    case: Case, dtype: torch.dtype, direction: str, device: torch.device, rates: Rates, rows: Rows, seconds: float
+) -> bool:
+    """Add a row for every provider of a case, timed for so many seconds each.
 
-    Returns: a call of each that was timed, and whether this process can go on. If not, the one row that was added is of
-    the provider after which it cannot.
+    Returns: whether this process can go on. If not, the one row added is of the provider after which it cannot.
     """
+    # Backward calls keep the graph, which a compiled one refuses when it may overwrite what the forward saved.
+    with timing_stream(device), torch._functorch.config.patch(donated_buffer=False):
+        return _measure(case, dtype, direction, device, rates, rows, seconds)
+
+
+def _measure(
+    case: Case, dtype: torch.dtype, direction: str, device: torch.device, rates: Rates, rows: Rows, seconds: float
+) -> bool:
     key = {"case": case.name, "dtype": str(dtype).removeprefix("torch."), "direction": direction}
     refused: dict[str, str] = rows.lost(key)
-    inputs = make_inputs(case, dtype)
+    inputs = make_inputs(case, dtype, device)
     what = {**key, "op": case.op, "shape": case.shape, "input_dtype": str(inputs[0][0].dtype).removeprefix("torch.")}
     make = forward_call if direction == "forward" else backward_call
     # Judged by the eager composition in float32: in bfloat16 torch's own weight gradients are off by several percent.
@@ -103,7 +102,7 @@ def measure(
         """Note why a provider has no time; whether it also made the process useless."""
         calls.pop(name, None)
         refused[name] = reason(error)
-        if usable(DEVICE):
+        if usable(device):
             return False
         refused[name] = LOST + refused[name]
         rows.replace(
@@ -120,18 +119,18 @@ def measure(
                 refused[name] = "its numbers are not those of the eager composition"
                 continue
             calls[name] = [make(provider, one) for one in inputs]
-            if DEVICE.type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.synchronize()  # what its kernels did wrong shows here, and not in the next provider
         except Exception as error:
             if broken(name, error):
-                return {}, False
-    timings, failed = compare(calls, DEVICE, seconds=len(calls) * SECONDS)
-    for name, error in failed.items():
-        if broken(name, error):
-            return {}, False
+                return False
+    timings, failed = compare(calls, device, seconds=len(calls) * seconds)
+    for name, raised in failed.items():
+        if broken(name, raised):
+            return False
     if case.eager not in timings:
         refused = {name: "there is no time of the eager composition" for name in timings} | refused
-        timings, calls = {}, {}
+        timings = {}
     copy, matmul = rates(dtype)
     least = case.bytes if direction == "forward" else case.backward_bytes
     size, flops = least(dtype.itemsize), case.flops if direction == "forward" else case.backward_flops
@@ -149,30 +148,4 @@ def measure(
         added.append({**what, "provider": name, **row})
     added += [{**what, "provider": name, "refused": why} for name, why in refused.items()]
     rows.replace(key, added)
-    return {name: made[0] for name, made in calls.items()}, True
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name.replace(" ", "_"))
-def test_op(case, dtype, direction, rates, rows, say, benchmark):
-    if dtype not in case.dtypes:
-        pytest.skip(f"{case.name}: it does not compute in {dtype}")
-    if direction == "backward" and not case.backward:
-        pytest.skip(f"{case.name}: it has no gradient of its own")
-    key = {"case": case.name, "dtype": str(dtype).removeprefix("torch."), "direction": direction}
-    if rows.complete(key, list(case.providers)):
-        pytest.skip(f"{case.name}: its rows are there")
-    # Backward calls keep the graph, which a compiled one refuses when it may overwrite what the forward saved.
-    with timing_stream(DEVICE), torch._functorch.config.patch(donated_buffer=False):
-        calls, able = measure(case, dtype, direction, rates, rows)
-    for row in rows.of(key):
-        said = row["refused"] or f"{float(row['ms_p50']):9.3f} ms  {float(row['ratio_to_eager']):6.2f}x"
-        say(f"{case.name:<28}{row['dtype']:<10}{direction:<10}{row['provider']:<28} {said}")
-    if not able:
-        pytest.exit(f"{case.name}: nothing more can be measured in this process", returncode=RESTART)
-    if not calls:
-        pytest.fail("no provider could be timed")
-    benchmark.group = f"{case.name} {direction} {dtype}"
-    benchmark.extra_info["provider"] = next(name for name in calls if name != case.eager or len(calls) == 1)
-    benchmark.pedantic(calls[benchmark.extra_info["provider"]], rounds=5, warmup_rounds=1)
+    return True
