@@ -162,7 +162,7 @@ def freezing(work: Workload, dtype: torch.dtype) -> Coder:
 
 def fast(work: Workload, _: torch.dtype, precision: torch.dtype | str) -> Coder:
     """Ours made ready for inference."""
-    model: Any = work.model(torch.float32).for_inference(dtype=precision, graphs="auto")
+    model = work.model(torch.float32).for_inference(dtype=precision, graphs="auto")
     quantized = precision if isinstance(precision, str) else ""
     return Coder(
         torch.inference_mode()(lambda pixels: model.encode(pixels, layout="channels_last").mode()),
@@ -266,8 +266,7 @@ def _prepacked_linear(m: nn.Linear, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _our_packed_linear(m: nn.Linear, x: Tensor) -> Callable[[Tensor], Tensor]:
-    packed: Callable[[Tensor], Tensor] = vars(ops)["pack_linear"](m.weight, m.bias, dtype=x.dtype)
-    return packed
+    return ops.pack_linear(m.weight, m.bias, dtype=x.dtype)
 
 
 _LINEARS = (_torch_linear, _our_linear, _prepacked_linear, _our_packed_linear)
@@ -301,12 +300,12 @@ def psnr_change(precision: str, device: torch.device, photos: Path | None) -> fl
     """Mean PSNR of the demo weights on the example photographs, in 8 bits minus in float32."""
     if photos is None or not photos.is_dir():
         raise InputError("its loss on the demo weights needs photographs; name a folder of them by --photos")
-    demo: Any = load("demo", device=device)
+    demo = load("demo", device=device)
     both = []
     for model in (demo, demo.for_inference(dtype=precision, graphs="auto")):
 
         @torch.inference_mode()
-        def through(pixels: Tensor, model: Any = model) -> Tensor:
+        def through(pixels: Tensor, model: ViTok = model) -> Tensor:
             latents = model.encode(pixels, layout="channels_last").mode()
             return model.decode(latents, size=tuple(pixels.shape[1:3])).float()
 

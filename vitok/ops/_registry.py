@@ -173,8 +173,8 @@ def preferring(impl: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for op, orders in before.items():
-            op.orders, op.compiled_orders = orders
+        for op, (orders, compiled) in before.items():
+            op.orders, op.compiled_orders = orders, compiled
 
 
 def check_environment() -> None:
