@@ -59,9 +59,10 @@ bench: setup $(PEERS)
 	for suite in peers scale packed; do $(BIN)/vitok bench $$suite $(RESULTS) || failed=1; done; \
 	$(BIN)/python docs/generate.py && exit $$failed
 
-# What peers are compared with; none of it is needed for anything else.
+# What peers are compared with; none of it is needed for anything else. Not `.[peers]`, which would build everything again.
 $(PEERS): $(STAMP)
-	$(BIN)/python -m pip install --quiet --editable ".[peers]"
+	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c "from importlib.metadata import requires; \
+	print(*(r.split(';')[0].replace(' ', '') for r in requires('vitok') if r.endswith('extra == \"peers\"')))")
 	touch $(PEERS)
 
 # Every op beside its peers; then what follows from the rows: the order of `auto`, the plots and the tables.
