@@ -152,10 +152,10 @@ GIB = 2**30
             4096,
             GIB,
             None,
-            ("decode 65536 tokens", "takes about 1.1 GiB", "has 1.0 GiB left", "smaller or fewer"),
+            ("decode 65536 tokens", "takes about 1.2 GiB", "has 1.0 GiB left", "smaller or fewer"),
         ),
-        ("S-B/16", 4096, 5 * GIB // 4, 65536, ("takes about 3.1 GiB", "has 1.2 GiB", "chunk=1024 would take 1.1 GiB")),
-        ("S-B/16", 4096, 2 * GIB, "grad", ("takes about 2.7 GiB", "torch.no_grad() would take 1.1 GiB")),
+        ("S-B/16", 4096, 5 * GIB // 4, 65536, ("takes about 3.2 GiB", "has 1.2 GiB", "chunk=1024 would take 1.2 GiB")),
+        ("S-B/16", 4096, 2 * GIB, "grad", ("takes about 2.7 GiB", "torch.no_grad() would take 1.2 GiB")),
         ("S-B/16", 16384, 8 * GIB, None, ("decode 1048576 tokens", "cpu has 8.0 GiB", "smaller or fewer")),
     ],
 )

@@ -34,8 +34,12 @@ class TubeletEmbed(nn.Module):
 
     def forward(self, pixels: Tensor, chunk: int | None = None) -> Tensor:
         if chunk is not None:
-            parts = _slabs(pixels.shape[:4], self.tubelet, chunk)
-            return torch.cat([self(pixels[:, frames, rows]) for frames, rows, _ in parts], 1)
+            slabs = list(_slabs(pixels.shape[:4], self.tubelet, chunk))
+            shape = (len(pixels), slabs[-1][2].stop, len(self.weight))
+            out = self.weight.new_empty(shape, dtype=autocast(self.weight))
+            for frames, rows, at in slabs:
+                out[:, at] = self(pixels[:, frames, rows])
+            return out
         return ops.tubelet_embed(pixels, self.weight, self.bias, tubelet=self.tubelet, pad=self.pad)
 
 

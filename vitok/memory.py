@@ -3,12 +3,13 @@
 Outside attention every token is worked on by itself, so that n of N tokens at a time give the same numbers as all. With
 W the width of a stack, H its hidden units and s the bytes of a number, the most that is held at one time is
 
-    in chunks       N 5 W s + max(n (2 W + 3 H) s, own)      x, its packed projection, what the heads gathered
+    in chunks       N 5 W s + n (2 W + 3 H) s + own          x, its packed projection, what the heads gathered
     all at once     N max(9 W s + own / N, (5 W + 3 H) s)
 
-and a tenth for the allocator. The pixels' end may take more: N W s, the picture, and n tubelets. `own` is what
-attention works in: the keys of a head for each thread of our CPU kernel, normalised and rotated copies elsewhere. A
-processor without products of 16-bit floats widens them, and takes 12 H for 3 H s.
+and a tenth for the allocator, which also keeps what a chunk worked in while there is attention. The pixels' end may
+take more: N W s, the picture, and n tubelets. `own` is what attention works in: the keys of a head for each thread of
+our CPU kernel, normalised and rotated copies elsewhere. A processor without products of 16-bit floats widens them, and
+takes 12 H for 3 H s.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def needed(
     own += 4 * stack.heads * tokens
     hidden = (3 * size if wide == size else 2 * wide + 2 * size) * stack.hidden
     work = rows * max(2 * width * size + hidden, 7 * width * size)
-    blocks = max(9 * x + own, 3 * x + work) if chunk is None else 5 * x + max(own, work)
+    blocks = max(9 * x + own, 3 * x + work) if chunk is None else 5 * x + own + work
     joined = x if len(grids) > 1 else 0
     tables = 4 * stack.head_dim * sequence
     absolute = 3 * x + 12 * sequence * width if config.absolute == "sincos" else 0

@@ -283,16 +283,18 @@ def _fastest_linear(m: nn.Linear, x: Tensor) -> Callable[[nn.Linear, Tensor], Ca
     return next(make for make in _LINEARS if make.__name__ == min(timings, key=lambda name: timings[name].p20))
 
 
-def agrees(actual: Sequence[Tensor], baseline: Sequence[Tensor], oracle: Sequence[Tensor]) -> bool:
-    """Largest error at most twice and RMS error at most 1.5 times the baseline's, with a floor of two roundings."""
+def disagreement(actual: Sequence[Tensor], baseline: Sequence[Tensor], oracle: Sequence[Tensor]) -> str:
+    """How much larger errors are than they may be, or "": the largest at most twice and their RMS at most 1.5 times the
+    baseline's, with a floor of two roundings."""
     for a, b, o in zip(actual, baseline, oracle, strict=True):
+        if a.shape != o.shape or not torch.isfinite(a).all():
+            return f"{list(a.shape)} for {list(o.shape)}, or not finite"
         floor = 2 * torch.finfo(a.dtype).eps * o.abs().max().item()
         ours, theirs = ((x.double() - o.double()).abs() for x in (a, b))
-        if a.shape != o.shape or not torch.isfinite(a).all() or ours.max() > 2 * theirs.max() + floor:
-            return False
-        if ours.square().mean().sqrt() > 1.5 * theirs.square().mean().sqrt() + floor:
-            return False
-    return True
+        (most, rms), (its_most, its_rms) = ((e.max().item(), e.square().mean().sqrt().item()) for e in (ours, theirs))
+        if most > 2 * its_most + floor or rms > 1.5 * its_rms + floor:
+            return f"largest error {most:.2g}, RMS {rms:.2g}, where the reference has {its_most:.2g} and {its_rms:.2g}"
+    return ""
 
 
 @cache
@@ -335,8 +337,8 @@ class Judge:
             return ""
         oracle = torch.float32 if self.what == "train" and coder.dtype == torch.bfloat16 else torch.float64
         actual = results if self.what == "train" else [x[:1] for x in results]
-        good = agrees(actual, self._of(coder.dtype), self._of(oracle))
-        return "" if good else "its numbers are not those of the reference"
+        wrong = disagreement(actual, self._of(coder.dtype), self._of(oracle))
+        return wrong and f"its numbers are not those of the reference: {wrong}"
 
     def _of(self, dtype: torch.dtype) -> list[Tensor]:
         if dtype not in self.known:

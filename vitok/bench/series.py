@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitok.bench.machine import FACTS
 from vitok.bench.measure import reason
-from vitok.bench.models import SKIPPED, Workload, agrees, figures, macs, peak_memory
+from vitok.bench.models import SKIPPED, Workload, disagreement, figures, macs, peak_memory
 from vitok.bench.rows import Rows
 from vitok.bench.timing import compare
 from vitok.count import count
@@ -120,8 +120,8 @@ def measure_packed(name: str, what: str, device: torch.device, dtype: torch.dtyp
         else [wide.decode(z.double()) for z in codes]
     )
     key, refused = packed_key(name, what, dtype), {}
-    if not agrees(calls["packed"](), calls["one by one"](), oracle):
-        refused["packed"] = "its numbers are not those of the pictures one by one"
+    if wrong := disagreement(calls["packed"](), calls["one by one"](), oracle):
+        refused["packed"] = f"its numbers are not those of the pictures one by one: {wrong}"
         del calls["packed"]
     timings, failed = compare({n: [call] for n, call in calls.items()}, device, len(calls) * seconds, graph=False)
     refused |= {provider: reason(error) for provider, error in failed.items()}
