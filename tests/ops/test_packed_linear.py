@@ -144,3 +144,10 @@ def test_an_implementation_asked_for_by_name_says_why_not(options, wanted, one_s
     with pytest.raises(ImplementationError) as caught:
         pack_linear(torch.ones(3, 2), dtype=torch.bfloat16, **options)
     one_sentence(caught.value, "packed_linear", wanted)
+
+
+@needs_native
+def test_sums_of_integers_stay_integers(one_sentence):
+    with pytest.raises(ImplementationError) as caught:
+        pack_linear(torch.ones(3, 2**17 + 1), dtype=torch.bfloat16, quantize="int8", impl="native")
+    one_sentence(caught.value, "at most 131072 terms", "131073")

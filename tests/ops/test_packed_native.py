@@ -280,13 +280,6 @@ def test_nothing_to_do(isa):
         assert torch.equal(native.run(torch.zeros(3, 0), made, 6, packed), bias.expand(3, 6))
 
 
-def test_refuses_says_why():
-    assert native.refuses(torch.zeros(2, 3), torch.int8) == ""
-    assert "got torch.float64" in native.refuses(torch.zeros(2, 3).double(), torch.int8)
-    assert "packed in float32, bfloat16 or int8" in native.refuses(torch.zeros(2, 3), torch.float16)
-    assert "on meta" in native.refuses(torch.zeros(2, 3, device="meta"), torch.int8)
-
-
 VALID_PACK = {
     "weight": 64, "dtype": "float32", "columns": 6, "inner": 4, "weight_strides": (4, 1), "bias": 0,
     "bias_dtype": "float32", "gated": False, "packed_dtype": "int8", "packed": 64, "packed_bytes": 128,

@@ -17,6 +17,7 @@ from vitok.ops._tensors import address, as_rows
 
 ELEMENTS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # that lie side by side in a column of a panel
 COLUMNS, ROWS, ON_THE_WAY = 32, 144, 16  # as csrc/common/packed_linear.h has them
+MAX_INT8_INNER = 2**17  # so many products of bytes fit an int32
 NORMS = {None: 0, "rms": 1, "layer": 2}
 GATES = {None: 0, "silu": 1, "gelu": 2}
 # Below this many products for each of them threads cost more than they save.
@@ -34,17 +35,6 @@ class Packed(NamedTuple):
     bias: Tensor | None  # float32
     scales: Tensor | None  # float32, with int8: of a column
     sums: Tensor | None  # int32, with int8: of a column's integers
-
-
-def refuses(x: Tensor, dtype: torch.dtype) -> str:
-    """Why the kernel cannot multiply x with a weight packed in dtype, or ""."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"x must be float32, bfloat16 or float16, got {x.dtype}"
-    if dtype not in ELEMENTS:
-        return f"a weight is packed in float32, bfloat16 or int8, got {dtype}"
-    if not x.is_cpu:
-        return f"packed weights are multiplied on the CPU, x is on {x.device}"
-    return ""
 
 
 def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gated: bool) -> Packed:

@@ -226,6 +226,8 @@ def _native_refuses(
         return f"it is for the CPU, the weight is on {weight.device}"
     if quantize == "fp8":
         return "CPUs have no products of fp8"
+    if quantize and weight.shape[1] > _packed_native.MAX_INT8_INNER:
+        return f"sums of int8 products have at most {_packed_native.MAX_INT8_INNER} terms, got {weight.shape[1]}"
     return "it has no gate before the product, only after it" if before in GATES else ""
 
 
