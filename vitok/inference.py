@@ -26,10 +26,9 @@ from vitok.errors import InputError
 from vitok.graphs import Graphs
 from vitok.layers import Attention, Branch, FeedForward, Grid, Linear, Norm, ParallelBlock, Places, SerialBlock, Stack
 from vitok.model import Decoder, Encoder, ViTok
-from vitok.ops.packed_linear import pack_linear
+from vitok.ops.packed_linear import QUANTIZED, pack_linear
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-QUANTIZED = ("int8", "fp8")
 KEPT = 16  # grids whose positions are kept
 M = TypeVar("M", bound=nn.Module)
 
@@ -64,8 +63,9 @@ class FoldedEncoder(Encoder):
         self.config, self.graphs = encoder.config, graphs
         self.embed = folder.frozen(encoder.embed)
         self.stack = FoldedStack(encoder.stack, folder)
-        self.bottleneck = copy.deepcopy(encoder.bottleneck)
-        for name, linear in encoder.bottleneck.named_children():
+        linears = dict(encoder.bottleneck.named_children())
+        self.bottleneck = folder.frozen(encoder.bottleneck, *linears)
+        for name, linear in linears.items():
             assert isinstance(linear, Linear)
             setattr(self.bottleneck, name, folder.map(linear, encoder.stack.norm, exact=True))
         self.stack.norm = None
@@ -270,7 +270,7 @@ def _joined(first: Linear, second: Linear, dim: int) -> Linear:
 def _folder(dtype: torch.dtype | str, device: torch.device) -> Folder:
     if dtype in FLOATS:
         return Folder(dtype, device, None)
-    if dtype not in QUANTIZED:
+    if dtype not in tuple(QUANTIZED):
         raise InputError(f"dtype must be torch.float32, torch.bfloat16, torch.float16, 'int8' or 'fp8', got {dtype!r}")
     if dtype == "fp8" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)):
         raise InputError(

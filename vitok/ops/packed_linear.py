@@ -23,9 +23,8 @@ from vitok.ops._tensors import check_eps, check_float
 from vitok.ops.gated_mlp_act import gated_mlp_act
 from vitok.ops.linear import check_linear, linear, product_dtype
 from vitok.ops.norm import norm
-from vitok.ops.quantize_rows import dequantize, quantize_rows
+from vitok.ops.quantize_rows import GATES, NORMS, dequantize, quantize_rows
 
-NORMS, GATES = ("layer", "rms"), ("silu", "gelu")
 QUANTIZED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 # (x [rows, n], sum to add to [rows, m] or None) to [rows, m]

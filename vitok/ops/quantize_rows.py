@@ -22,8 +22,7 @@ from vitok.ops.gated_mlp_act import gated_mlp_act
 from vitok.ops.norm import norm
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-BEFORE = ("layer", "rms", "silu", "gelu")
-GATES = ("silu", "gelu")
+NORMS, GATES = ("layer", "rms"), ("silu", "gelu")
 MAX_WIDTH = 16384  # a row stays in the registers of one thread block
 
 
@@ -50,8 +49,8 @@ def quantize_rows(
     check_eps(eps)
     if dtype not in LARGEST:
         raise InputError(f"dtype must be torch.int8 or torch.float8_e4m3fn, got {dtype}")
-    if before is not None and before not in BEFORE:
-        raise InputError(f"before must be one of {', '.join(BEFORE)} or None, got {before!r}")
+    if before is not None and before not in NORMS + GATES:
+        raise InputError(f"before must be one of {', '.join(NORMS + GATES)} or None, got {before!r}")
     if x.dim() == 0 or x.shape[-1] == 0 or (before in GATES and x.shape[-1] % 2):
         wanted = "[..., 2n]" if before in GATES else "[..., n]"
         raise InputError(f"x must be {wanted}, n at least 1, got {list(x.shape)}")
@@ -133,9 +132,13 @@ def dequantize_reference(
     return out.to(dtype) if add_to is None else add_to.copy_(out + add_to.float())
 
 
+def _width(x: Tensor, before: str) -> int:
+    """Of a quantised row."""
+    return x.shape[-1] // 2 if before in GATES else x.shape[-1]
+
+
 def _quantize_empty(impl: str, x: Tensor, dtype: torch.dtype, before: str, eps: float) -> tuple[Tensor, Tensor]:
-    width = x.shape[-1] // 2 if before in GATES else x.shape[-1]
-    return x.new_empty((*x.shape[:-1], width), dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return x.new_empty((*x.shape[:-1], _width(x, before)), dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _quantize(impl: str, x: Tensor, dtype: torch.dtype, before: str, eps: float) -> tuple[Tensor, Tensor]:
@@ -170,9 +173,8 @@ def _dequantize(
 
 
 def _triton_refuses(x: Tensor, dtype: torch.dtype, before: str, eps: float) -> str:
-    width = x.shape[-1] // 2 if before in GATES else x.shape[-1]
-    if width > MAX_WIDTH:
-        return f"it takes rows of at most {MAX_WIDTH} numbers, got {width}"
+    if _width(x, before) > MAX_WIDTH:
+        return f"it takes rows of at most {MAX_WIDTH} numbers, got {_width(x, before)}"
     return _triton.refuses(x)
 
 
