@@ -4,9 +4,9 @@
 //   out[r, j] = residual[r, j] + y[r, j]                         or, gated with h = columns / 2,
 //   out[r, j] = residual[r, j] + act(y[r, j]) y[r, h + j]
 //
-// Sums are fp32, rounded once to the dtype of x. The packed weight has the same bytes for every instruction set: panels of 32
-// columns, [panels][ceil(inner / e)][32][e] with e = 4 / size of an element, zeros past the ends. Gated, panel p has columns
-// 16 p .. of the gate and then 16 p .. of the other half. bias, scales and sums follow the order of the packed columns.
+// Sums are fp32, rounded once to the dtype of x. The packed weight has the same bytes for every instruction set: panels of 64
+// columns, [panels][ceil(inner / e)][64][e] with e = 4 / size of an element, zeros past the ends. Gated, panel p has columns
+// 32 p .. of the gate and then 32 p .. of the other half. bias, scales and sums follow the order of the packed columns.
 //
 // int8: weight = q scale with the largest of a column at 127. Rows of (normalised) x are quantised likewise as they are read,
 // the sums of products are exact integers, and y = sum * scale of the row * scale of the column + bias. `sums` holds the sum of
@@ -19,9 +19,8 @@ namespace vitok {
 
 enum class PackedType { float32, bfloat16, int8 };
 
-constexpr int64_t kPackedColumns = 32;  // of a panel
+constexpr int64_t kPackedColumns = 64;  // of a panel
 constexpr int64_t kPackedRows = 144;    // of x that a thread holds at once, at the most: instruction sets' tiles divide it
-constexpr int64_t kPackedOnTheWay = 16;  // a group of rows that is being made, and one more
 
 constexpr int64_t packed_elements(PackedType type) {
     return type == PackedType::float32 ? 1 : type == PackedType::bfloat16 ? 2 : 4;
@@ -134,8 +133,8 @@ struct PackedLinear {
 
     PackedShape shape() const { return {columns, inner, gate != 0, weight_dtype}; }
 
-    // Units of 4 bytes that a thread needs: its rows, those on their way to them, and a panel of wider elements.
-    int64_t thread_units() const { return (kPackedRows + kPackedOnTheWay + kPackedColumns) * packed_row_stride(inner); }
+    // Units of 4 bytes that a thread needs: its rows, one that is on its way, and a panel of wider elements.
+    int64_t thread_units() const { return (kPackedRows + 1 + kPackedColumns) * packed_row_stride(inner); }
 
     const char* problem() const {
         if (!is_float(dtype) || dtype == DType::float64) return "dtype must be float32, bfloat16 or float16";

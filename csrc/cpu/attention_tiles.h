@@ -8,6 +8,14 @@ namespace vitok {
 namespace VITOK_ISA {
 namespace {
 
+// A tile of sums has kRows rows of kWide vectors. Tall ones: each row of the other matrix, from the second cache, serves more.
+#if defined(__AVX512F__)
+constexpr int kRows = 12, kWide = 2;
+#elif defined(__aarch64__)
+constexpr int kRows = 6, kWide = 4;
+#else
+constexpr int kRows = 6, kWide = 2;
+#endif
 constexpr int kPanel = kWide * kLanes;  // keys that lie side by side in a packed, transposed matrix
 
 static_assert(kTokenPadding % kPanel == 0 && kHeadPadding % kLanes == 0, "padded matrices divide into panels and vectors");

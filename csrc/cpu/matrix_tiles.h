@@ -7,15 +7,6 @@ namespace vitok {
 namespace VITOK_ISA {
 namespace {
 
-// The micro-kernel keeps kRows x kWide vectors of sums in registers, beside kWide of a matrix and one broadcast element.
-#if defined(__AVX512F__)
-constexpr int kRows = 12, kWide = 2;
-#elif defined(__aarch64__)
-constexpr int kRows = 6, kWide = 4;
-#else
-constexpr int kRows = 6, kWide = 2;
-#endif
-
 // Units of 4 bytes are what the micro-kernel broadcasts and what a lane holds: an fp32 number, or a pair of bf16.
 // narrow_row makes units of neighbouring numbers of a row; join_row makes them of the same places of kElements rows, which
 // come one after another: `index` is the row's number. Sum is a vector of sums of their products.
@@ -68,22 +59,18 @@ using Bfloat16 = Pairs;  // how bf16 tensors are multiplied
 using Bfloat16 = Singles;
 #endif
 
-struct Nothing {
-    template <class Unit>
-    void operator()(const Unit*) const {}
-};
-
-// sum[r][w] += sum_k a[r * row + k * step] * b[k * b_step + lanes of vector w]; calls each(b + k * b_step) on the way.
-template <class Dot, int W, class Each = Nothing>
+// sum[r][w] += sum_k a[r * row + k * step] * b[k * b_step + lanes of vector w]. The sums stay in registers, beside a row of b
+// and one broadcast unit of a. Two steps at a time: where other work shares a core, every instruction less counts.
+template <class Dot, int R, int W>
 VITOK_INLINE void multiply(const typename Dot::Unit* a, int64_t row, int64_t step, const typename Dot::Unit* b,
-                           int64_t b_step, int64_t depth, typename Dot::Sum (&sum)[kRows][W], Each&& each = {}) {
+                           int64_t b_step, int64_t depth, typename Dot::Sum (&sum)[R][W]) {
+#pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k, a += step, b += b_step) {
-        each(b);
         typename Dot::Vector column[W];
 #pragma GCC unroll 4
         for (int w = 0; w < W; ++w) column[w] = Dot::load(b + w * kLanes);
 #pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < R; ++r) {
             const typename Dot::Vector x = Dot::broadcast(a + r * row);
 #pragma GCC unroll 4
             for (int w = 0; w < W; ++w) sum[r][w] = Dot::add(x, column[w], sum[r][w]);

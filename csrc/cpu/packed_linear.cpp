@@ -1,9 +1,8 @@
 // PackedLinear of common/packed_linear.h on the CPU. Compiled once per instruction set, in the namespace VITOK_ISA; no standard
 // library templates in here.
 //
-// A thread makes units of a block of rows in its own scratch memory, [group of kRows][unit][row], which stays in its second
-// cache, and multiplies them with one panel after another. Panels come from far away: while one is multiplied the next is
-// fetched, a few bytes with every step. Every element is summed by one thread, in the same order however the work is divided.
+// A thread makes units of a block of rows in its own scratch memory, which stay in its second cache, and multiplies them with
+// one panel after another. Every element is summed by one thread, in the same order however the work is divided.
 #include "../common/packed_linear.h"
 
 #include "dispatch.h"
@@ -15,28 +14,16 @@ namespace vitok {
 namespace VITOK_ISA {
 namespace {
 
-constexpr int64_t kCache = 1 << 19;  // bytes of a block of rows: half a second cache, beside two panels
+// A tile of sums has kRows rows of kWide vectors. Wide ones: fewest instructions, one broadcast unit serves more.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRows = 6, kWide = 4;
+#else
+constexpr int kRows = 6, kWide = 2;
+#endif
+constexpr int64_t kCache = 1 << 19;  // bytes of a block of rows: half a second cache, beside a panel
 constexpr int64_t kSummed = 256;     // products in one fp32 sum: the roundings of longer ones grow with their length
 static_assert(kPackedRows % kRows == 0 && kPackedColumns % (kWide * kLanes) == 0, "tiles divide blocks and panels");
-static_assert(kRows < kPackedOnTheWay, "a group and one more row have room");
 static_assert(kPackedColumns / 2 % kLanes == 0, "vectors divide the halves of a gated panel");
-
-// Called at every step through a panel: fetches what is soon to be read into the first cache, and a little of the next panel
-// into the second. Measured, with panels from memory: a fifth faster than what the processor foresees by itself.
-struct Fetch {
-    static constexpr int64_t kSteps = 8;  // of the current panel, ahead
-    const char* next;
-    int64_t bytes;  // of the next panel at a step
-
-    template <class Unit>
-    void operator()(const Unit* at) {
-        const char* const soon = reinterpret_cast<const char*>(at + kSteps * kPackedColumns);
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < kWide * kLanes * 4; i += 64) __builtin_prefetch(soon + i, 0, 3);
-        __builtin_prefetch(next, 0, 2);
-        next += bytes;
-    }
-};
 
 // The units of a panel, which is made of `units` of its own: in `room` where they are not as they were packed.
 template <class Dot>
@@ -73,11 +60,10 @@ VITOK_INLINE const uint32_t* open_panel(Words, PackedType, const void* panel, in
     return room;
 }
 
-// tile = a group of rows times a panel, as fp32.
+// tile = kRows rows, `stride` apart, times a panel, as fp32.
 template <class Dot>
-__attribute__((noinline)) void multiply_tile(const typename Dot::Unit* rows, const typename Dot::Unit* panel, int64_t depth,
-                                             const int32_t* sums, Fetch& fetch, float* tile) {
-    Fetch fetching = fetch;
+__attribute__((noinline)) void multiply_tile(const typename Dot::Unit* rows, int64_t stride, const typename Dot::Unit* panel,
+                                             int64_t depth, const int32_t* sums, float* tile) {
     const int64_t step = Dot::kIntegers ? larger(depth, 1) : kSummed;
     for (int64_t c = 0; c < kPackedColumns; c += kWide * kLanes) {
         int64_t k = 0;
@@ -93,8 +79,7 @@ __attribute__((noinline)) void multiply_tile(const typename Dot::Unit* rows, con
 #pragma GCC unroll 12
                 for (int r = 0; r < kRows; ++r) sum[r][w] = start;
             }
-            multiply<Dot, kWide>(rows + k * kRows, 1, kRows, panel + k * kPackedColumns + c, kPackedColumns,
-                                 smaller(step, depth - k), sum, fetching);
+            multiply<Dot>(rows + k, stride, 1, panel + k * kPackedColumns + c, kPackedColumns, smaller(step, depth - k), sum);
 #pragma GCC unroll 12
             for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -106,7 +91,6 @@ __attribute__((noinline)) void multiply_tile(const typename Dot::Unit* rows, con
             k += step;
         } while (k < depth);
     }
-    fetch = fetching;
 }
 
 // A row of a tile on its way out, all of it or its first `count` columns; absent are null.
@@ -158,7 +142,7 @@ void work(const PackedLinear& a, Interval groups, Interval panels, typename Dot:
     const int64_t limit = larger(1, smaller(kPackedRows / kRows, kCache / (kRows * stride * 4)));
     const int64_t blocks = ceil_div(groups.end - groups.begin, limit);
     Unit* const room = scratch + kPackedRows * stride;
-    Unit* const turned = room + kPackedColumns * stride;
+    float* const wide = reinterpret_cast<float*>(room + kPackedColumns * stride);
     const auto finish = a.gate == 0 ? finish_tile<0, T> : a.gate == 1 ? finish_tile<1, T> : finish_tile<2, T>;
     alignas(64) float tile[kRows * kPackedColumns];
     float scales[kPackedRows];
@@ -167,18 +151,16 @@ void work(const PackedLinear& a, Interval groups, Interval panels, typename Dot:
         const int64_t begin = groups.begin + (groups.end - groups.begin) * block / blocks;
         const int64_t count = groups.begin + (groups.end - groups.begin) * (block + 1) / blocks - begin;
         const int64_t first = begin * kRows, rows = smaller(count * kRows, a.rows - first);
-        for (int64_t row = 0; row < rows; row += kRows)
-            make_rows<Dot, T>(a, first + row, smaller(kRows, rows - row), turned, scratch + row * stride, scales + row);
+        for (int64_t row = 0; row < rows; ++row)
+            scales[row] = make_row<Dot, T>(a, first + row, wide, scratch + row * stride);
+        memset(scratch + rows * stride, 0, static_cast<size_t>((count * kRows - rows) * stride) * sizeof *scratch);
         for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
             const char* const packed = static_cast<const char*>(a.weight) + panel * shape.panel_bytes();
             const Unit* const units = open_panel(Dot{}, shape.type, packed, shape.units(), room);
-            const int64_t steps = count * depth * (kPackedColumns / (kWide * kLanes));
-            const bool last = panel + 1 == panels.end || steps == 0;
-            Fetch fetch{packed + (last ? 0 : shape.panel_bytes()), last ? 0 : ceil_div(shape.panel_bytes(), steps)};
             for (int64_t group = 0; group < count; ++group) {
                 const int64_t row = group * kRows;
-                multiply_tile<Dot>(scratch + row * stride, units, depth,
-                                   Dot::kIntegers ? a.sums + panel * kPackedColumns : nullptr, fetch, tile);
+                multiply_tile<Dot>(scratch + row * stride, stride, units, depth,
+                                   Dot::kIntegers ? a.sums + panel * kPackedColumns : nullptr, tile);
                 finish(a, first + row, smaller(kRows, rows - row), panel, tile, scales + row);
             }
         }

@@ -155,40 +155,6 @@ VITOK_INLINE float make_row(const PackedLinear& a, int64_t row, float* wide, typ
     }
 }
 
-// kRows rows of `depth` units, side by side: to[k * kRows + row]. Whole vectors are read and written.
-template <class Unit>
-VITOK_INLINE void turn_rows(const Unit* from, int64_t stride, int64_t depth, Unit* to) {
-    static_assert(sizeof(Unit) == 4, "a lane");
-    if constexpr (kRows % 4 == 0) {
-        for (int64_t k = 0; k < depth; k += kLanes)
-            for (int r = 0; r < kRows; r += 4) {
-                Lanes x[4];
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) x[i] = lanes_load(reinterpret_cast<const float*>(from + (r + i) * stride + k));
-                lanes_transpose4(x);
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i)
-#pragma GCC unroll 4
-                    for (int j = 0; j < kLanes; j += 4)
-                        memcpy(to + (k + j + i) * kRows + r, reinterpret_cast<const char*>(&x[i]) + 4 * j, 16);
-            }
-    } else {
-        for (int64_t k = 0; k < depth; ++k)
-            for (int r = 0; r < kRows; ++r) to[k * kRows + r] = from[r * stride + k];
-    }
-}
-
-// `count` rows as a group of kRows, those past the end zero, and their scales. `room` is for kRows + 1 rows.
-template <class Dot, class T>
-VITOK_INLINE void make_rows(const PackedLinear& a, int64_t first, int64_t count, typename Dot::Unit* room,
-                            typename Dot::Unit* to, float* scales) {
-    const int64_t depth = ceil_div(a.inner, 64) * 64 / Dot::kElements, stride = packed_row_stride(depth);
-    float* const wide = reinterpret_cast<float*>(room + kRows * stride);
-    for (int64_t r = 0; r < count; ++r) scales[r] = make_row<Dot, T>(a, first + r, wide, room + r * stride);
-    memset(room + count * stride, 0, static_cast<size_t>((kRows - count) * stride) * sizeof *room);
-    turn_rows(room, stride, depth, to);
-}
-
 }  // namespace
 }  // namespace VITOK_ISA
 }  // namespace vitok

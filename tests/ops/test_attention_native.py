@@ -6,9 +6,6 @@ import ctypes
 import itertools
 import math
 import mmap
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -455,22 +452,8 @@ extern "C" void attention_backward(const vitok::AttentionBackward* g) { vitok::a
 
 
 @pytest.fixture(scope="module")
-def emulated_library(tmp_path_factory, usable_isas):
-    """The kernels with bf16 dot products emulated."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None or "avx512" not in usable_isas or not CSRC.is_dir():
-        pytest.skip("needs the sources, a C++ compiler and AVX-512")
-    folder = tmp_path_factory.mktemp("emulated")
-    (folder / "emulated.cpp").write_text(EMULATED)
-    subprocess.run(
-        [
-            compiler, "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-mavx2", "-mfma", "-mf16c",
-            "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-DVITOK_EMULATE_BF16", "-DVITOK_ISA=avx512",
-            f"-I{CSRC}", "emulated.cpp", *map(str, sorted(CSRC.glob("cpu/attention_*.cpp"))), "-o", "emulated.so",
-        ],
-        cwd=folder, check=True, timeout=600,
-    )  # fmt: skip
-    return ctypes.CDLL(str(folder / "emulated.so"))
+def emulated_library(compile_emulating):
+    return compile_emulating(EMULATED, sorted(CSRC.glob("cpu/attention_*.cpp")))
 
 
 @pytest.fixture

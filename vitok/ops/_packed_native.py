@@ -16,7 +16,7 @@ from vitok import _native
 from vitok.ops._tensors import address, as_rows
 
 ELEMENTS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # that lie side by side in a column of a panel
-COLUMNS, ROWS, ON_THE_WAY = 32, 144, 16  # as csrc/common/packed_linear.h has them
+COLUMNS, ROWS = 64, 144  # as csrc/common/packed_linear.h has them
 MAX_INT8_INNER = 2**17  # so many products of bytes fit an int32
 NORMS = {None: 0, "rms": 1, "layer": 2}
 GATES = {None: 0, "silu": 1, "gelu": 2}
@@ -25,10 +25,10 @@ PRODUCTS = 1 << 20
 
 
 class Packed(NamedTuple):
-    """A weight [columns, inner] in panels of 32 columns, [panels, ceil(inner / e), 32, e] elements as bytes.
+    """A weight [columns, inner] in panels of 64 columns, [panels, ceil(inner / e), 64, e] elements as bytes.
 
-    The others are [panels * 32] in the order of the packed columns. With a gate, each panel has 16 columns of it and
-    then the 16 that they gate.
+    The others are [panels * 32] in the order of the packed columns. With a gate, each panel has 32 columns of it and
+    then the 32 that they gate.
     """
 
     panels: Tensor
@@ -98,7 +98,7 @@ def run(
         residual, residual_stride = as_rows(residual)
     threads = max(1, min(torch.get_num_threads(), count * inner * columns // PRODUCTS))
     line = -(-inner // 64) * 64 + 16
-    scratch_bytes = threads * (4 * (ROWS + ON_THE_WAY + COLUMNS) * line + 64)
+    scratch_bytes = threads * (4 * (ROWS + 1 + COLUMNS) * line + 64)
     scratch = x.new_empty((scratch_bytes,), dtype=torch.uint8)
     _native.run(
         "packed_linear", x,
