@@ -133,8 +133,10 @@ struct PackedLinear {
 
     PackedShape shape() const { return {columns, inner, gate != 0, weight_dtype}; }
 
-    // Units of 4 bytes that a thread needs: its rows, one that is on its way, and a panel of wider elements.
-    int64_t thread_units() const { return (kPackedRows + 1 + kPackedColumns) * packed_row_stride(inner); }
+    // Units of 4 bytes that a thread needs: its rows, one that is on its way, a panel of wider elements, and its sums.
+    int64_t thread_units() const {
+        return (kPackedRows + 1 + kPackedColumns) * packed_row_stride(inner) + kPackedRows * kPackedColumns * shape().panels();
+    }
 
     const char* problem() const {
         if (!is_float(dtype) || dtype == DType::float64) return "dtype must be float32, bfloat16 or float16";

@@ -1,8 +1,9 @@
 // PackedLinear of common/packed_linear.h on the CPU. Compiled once per instruction set, in the namespace VITOK_ISA; no standard
 // library templates in here.
 //
-// A thread makes units of a block of rows in its own scratch memory, which stay in its second cache, and multiplies them with
-// one panel after another. Every element is summed by one thread, in the same order however the work is divided.
+// A thread makes units of a block of rows in its own scratch memory and multiplies them with one panel after another: a part of
+// every row with that part of all panels, so that the second cache holds both, and then the next part. Every element is summed
+// by one thread, in the same order however the work is divided.
 #include "../common/packed_linear.h"
 
 #include "dispatch.h"
@@ -20,9 +21,9 @@ constexpr int kRows = 6, kWide = 4;
 #else
 constexpr int kRows = 6, kWide = 2;
 #endif
-constexpr int64_t kCache = 1 << 19;  // bytes of a block of rows: half a second cache, beside a panel
 constexpr int64_t kSummed = 256;     // products in one fp32 sum: the roundings of longer ones grow with their length
-static_assert(kPackedRows % kRows == 0 && kPackedColumns % (kWide * kLanes) == 0, "tiles divide blocks and panels");
+constexpr int64_t kPart = 3 * kSummed;  // steps through a row or a panel that stay in the cache: of 144 rows, 442 KB
+static_assert(kPackedRows % kRows == 0 && kPart % 4 == 0 && kPackedColumns % (kWide * kLanes) == 0, "tiles divide blocks and panels");
 static_assert(kPackedColumns / 2 % kLanes == 0, "vectors divide the halves of a gated panel");
 
 // The units of a panel, which is made of `units` of its own: in `room` where they are not as they were packed.
@@ -60,10 +61,10 @@ VITOK_INLINE const uint32_t* open_panel(Words, PackedType, const void* panel, in
     return room;
 }
 
-// tile = kRows rows, `stride` apart, times a panel, as fp32.
+// The tile becomes, or if `add` is increased by, kRows rows, `stride` apart, times `depth` steps of a panel, as fp32.
 template <class Dot>
 __attribute__((noinline)) void multiply_tile(const typename Dot::Unit* rows, int64_t stride, const typename Dot::Unit* panel,
-                                             int64_t depth, const int32_t* sums, float* tile) {
+                                             int64_t depth, const int32_t* sums, bool add, float* tile) {
     const int64_t step = Dot::kIntegers ? larger(depth, 1) : kSummed;
     for (int64_t c = 0; c < kPackedColumns; c += kWide * kLanes) {
         int64_t k = 0;
@@ -86,7 +87,7 @@ __attribute__((noinline)) void multiply_tile(const typename Dot::Unit* rows, int
                 for (int w = 0; w < kWide; ++w) {
                     float* const to = tile + r * kPackedColumns + c + w * kLanes;
                     if constexpr (Dot::kIntegers) lanes_store(to, __builtin_convertvector(sum[r][w], Lanes));
-                    else lanes_store(to, k > 0 ? lanes_load(to) + sum[r][w] : sum[r][w]);
+                    else lanes_store(to, add || k > 0 ? lanes_load(to) + sum[r][w] : sum[r][w]);
                 }
             k += step;
         } while (k < depth);
@@ -138,13 +139,14 @@ template <class Dot, class T>
 void work(const PackedLinear& a, Interval groups, Interval panels, typename Dot::Unit* scratch) {
     using Unit = typename Dot::Unit;
     const PackedShape shape = a.shape();
-    const int64_t depth = shape.units() * (packed_elements(shape.type) / Dot::kElements), stride = packed_row_stride(depth);
-    const int64_t limit = larger(1, smaller(kPackedRows / kRows, kCache / (kRows * stride * 4)));
-    const int64_t blocks = ceil_div(groups.end - groups.begin, limit);
+    const int64_t each = packed_elements(shape.type) / Dot::kElements;  // steps that a packed unit makes
+    const int64_t depth = shape.units() * each, stride = packed_row_stride(depth);
+    const int64_t blocks = ceil_div(groups.end - groups.begin, kPackedRows / kRows);
     Unit* const room = scratch + kPackedRows * stride;
     float* const wide = reinterpret_cast<float*>(room + kPackedColumns * stride);
+    float* const sums = wide + packed_row_stride(a.inner);
     const auto finish = a.gate == 0 ? finish_tile<0, T> : a.gate == 1 ? finish_tile<1, T> : finish_tile<2, T>;
-    alignas(64) float tile[kRows * kPackedColumns];
+    const int64_t part = Dot::kIntegers ? depth : smaller(kPart, depth);  // integers are small, and their sums whole
     float scales[kPackedRows];
 
     for (int64_t block = 0; block < blocks; ++block) {
@@ -154,16 +156,24 @@ void work(const PackedLinear& a, Interval groups, Interval panels, typename Dot:
         for (int64_t row = 0; row < rows; ++row)
             scales[row] = make_row<Dot, T>(a, first + row, wide, scratch + row * stride);
         memset(scratch + rows * stride, 0, static_cast<size_t>((count * kRows - rows) * stride) * sizeof *scratch);
-        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-            const char* const packed = static_cast<const char*>(a.weight) + panel * shape.panel_bytes();
-            const Unit* const units = open_panel(Dot{}, shape.type, packed, shape.units(), room);
-            for (int64_t group = 0; group < count; ++group) {
-                const int64_t row = group * kRows;
-                multiply_tile<Dot>(scratch + row * stride, stride, units, depth,
-                                   Dot::kIntegers ? a.sums + panel * kPackedColumns : nullptr, tile);
-                finish(a, first + row, smaller(kRows, rows - row), panel, tile, scales + row);
+        int64_t k = 0;
+        do {
+            const int64_t steps = smaller(part, depth - k);
+            const bool last = k + steps == depth;
+            for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+                const char* const packed = static_cast<const char*>(a.weight) + panel * shape.panel_bytes();
+                const Unit* const units =
+                    open_panel(Dot{}, shape.type, packed + k / each * kPackedColumns * 4, steps / each, room);
+                for (int64_t row = 0; row < rows; row += kRows) {
+                    // Where one part is all, every tile may have the same place.
+                    float* const tile = sums + (part == depth ? 0 : (panel - panels.begin) * kPackedRows + row) * kPackedColumns;
+                    multiply_tile<Dot>(scratch + row * stride + k, stride, units, steps,
+                                       Dot::kIntegers ? a.sums + panel * kPackedColumns : nullptr, k > 0, tile);
+                    if (last) finish(a, first + row, smaller(kRows, rows - row), panel, tile, scales + row);
+                }
             }
-        }
+            k += steps;
+        } while (k < depth);
     }
 }
 

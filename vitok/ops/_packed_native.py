@@ -37,12 +37,15 @@ class Packed(NamedTuple):
     sums: Tensor | None  # int32, with int8: of a column's integers
 
 
+def count_panels(columns: int, gated: bool) -> int:
+    return -(-columns // 2 // (COLUMNS // 2)) if gated else -(-columns // COLUMNS)
+
+
 def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gated: bool) -> Packed:
     """Pack weight [columns, inner] of any strides and bias [columns], both of any float dtype, in float32, bfloat16 or
     int8. With `gated` the first half of the columns is the gate of the second half."""
     columns, inner = weight.shape
-    width = COLUMNS // 2 if gated else COLUMNS
-    panels = -(-(columns // 2 if gated else columns) // width)
+    panels = count_panels(columns, gated)
     packed = weight.new_empty((panels * -(-inner // ELEMENTS[dtype]) * COLUMNS * 4,), dtype=torch.uint8)
 
     def line(kind: torch.dtype, wanted: bool) -> Tensor | None:
@@ -98,7 +101,8 @@ def run(
         residual, residual_stride = as_rows(residual)
     threads = max(1, min(torch.get_num_threads(), count * inner * columns // PRODUCTS))
     line = -(-inner // 64) * 64 + 16
-    scratch_bytes = threads * (4 * (ROWS + 1 + COLUMNS) * line + 64)
+    sums = ROWS * COLUMNS * count_panels(columns, gate is not None)
+    scratch_bytes = threads * (4 * ((ROWS + 1 + COLUMNS) * line + sums) + 64)
     scratch = x.new_empty((scratch_bytes,), dtype=torch.uint8)
     _native.run(
         "packed_linear", x,
