@@ -141,8 +141,8 @@ def scale() -> str:
 
 
 def packed() -> str:
-    columns = ("case", "what", "provider", "ms_p50", "tokens_per_s", "percent_of_uniform")
-    headings = ("model", "what", "provider", "ms p50", "tokens/s", "% of the uniform batch's rate")
+    columns = ("case", "path", "what", "provider", "ms_p50", "tokens_per_s", "percent_of_uniform")
+    headings = ("model", "path", "what", "pictures", "ms p50", "tokens/s", "% of the uniform batch's rate")
     return table("packed", dict(zip(columns, headings, strict=True)))
 
 

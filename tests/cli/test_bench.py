@@ -1,6 +1,7 @@
 """vitok bench: which rows it writes and when it refuses to. How long anything takes is nobody's business here."""
 
 import csv
+import itertools
 import json
 import runpy
 from dataclasses import replace
@@ -205,9 +206,9 @@ def test_scale_stops_by_name(vitok, tmp_path):
 def test_packed(vitok, tmp_path):
     assert vitok("bench", "packed", PICTURES, *QUICK, "--out", tmp_path).code == 0
     found = rows(tmp_path, "packed")
-    assert [(row["what"], row["provider"]) for row in found] == [
-        (what, provider) for what in ("encode", "decode") for provider in series.PACKED
-    ]
+    assert [(row["path"], row["what"], row["provider"]) for row in found] == list(
+        itertools.product(series.PATHS, ("encode", "decode"), series.PACKED)
+    )
     assert sum(y * x for y, x in series.MIXED) == 8 * 16 * 16 == int(found[0]["tokens"])
     assert all(row["percent_of_uniform"] == "100" for row in found if row["provider"] == "uniform batch")
 

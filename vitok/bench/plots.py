@@ -139,7 +139,7 @@ def _scale(figure: plt.Figure, rows: list[Row]) -> None:
 
 def _packed(figure: plt.Figure, rows: list[Row]) -> None:
     axes = figure.subplots()
-    names = [f"{row['what']}: {row['provider']}" for row in rows]
+    names = [f"{row['path']}, {row['what']}: {row['provider']}" for row in rows]
     axes.barh(names, [float(row["percent_of_uniform"] or 0) for row in rows], color="#30638e")
     axes.axvline(100, color="black", linewidth=0.8)
     axes.invert_yaxis()

@@ -23,7 +23,7 @@ SCALE_COLUMNS = (
     "gflop", "peak_mb", "refused", *FACTS,
 )  # fmt: skip
 SIZES, FRAMES = (128, 256, 512, 1024, 2048, 4096), (1, 4, 16, 64)
-PACKED_KEY = ("case", "what", "dtype")
+PACKED_KEY = ("case", "path", "what", "dtype")
 PACKED_COLUMNS = (
     *PACKED_KEY, "provider", "ms_p20", "ms_p50", "ms_p95", "samples", "tokens", "tokens_per_s", "percent_of_uniform",
     "gmac", "gflop", "refused", *FACTS,
@@ -83,18 +83,27 @@ class Scale:
 
 
 PACKED = ("uniform batch", "packed", "one by one")
+PATHS = ("vitok", "vitok fast bf16")  # the model as it is, and made ready for inference
 
 
-def packed_key(name: str, what: str, dtype: torch.dtype) -> dict[str, object]:
-    return {"case": name, "what": what, "dtype": str(dtype).removeprefix("torch.")}
+def packed_key(name: str, path: str, what: str, dtype: torch.dtype) -> dict[str, object]:
+    dtype = dtype if path == "vitok" else torch.bfloat16
+    return dict(zip(PACKED_KEY, (name, path, what, str(dtype).removeprefix("torch.")), strict=True))
 
 
 @torch.inference_mode()
-def measure_packed(name: str, what: str, device: torch.device, dtype: torch.dtype, seconds: float, rows: Rows) -> None:
+def measure_packed(
+    name: str, path: str, what: str, device: torch.device, dtype: torch.dtype, seconds: float, rows: Rows
+) -> None:
     """Pictures of mixed sizes in one call, one by one, and as many tokens as a batch of equal ones."""
     patch = Workload(name, 16, 1, device).config.patch
     work = Workload(name, 16 * patch, 1, device)
-    model = work.model(dtype)
+    key = packed_key(name, path, what, dtype)
+    if path == "vitok":
+        model = work.model(dtype)
+    else:
+        dtype = torch.bfloat16
+        model = work.model(torch.float32).for_inference(dtype)
     generator = torch.Generator().manual_seed(0)
     pixels, latents = work.inputs(8)
     shapes = [(1, y * patch, x * patch, 3) for y, x in MIXED]
@@ -119,7 +128,7 @@ def measure_packed(name: str, what: str, device: torch.device, dtype: torch.dtyp
         if what == "encode"
         else [wide.decode(z.double()) for z in codes]
     )
-    key, refused = packed_key(name, what, dtype), {}
+    refused = {}
     if wrong := disagreement(calls["packed"](), calls["one by one"](), oracle):
         refused["packed"] = f"its numbers are not those of the pictures one by one: {wrong}"
         del calls["packed"]

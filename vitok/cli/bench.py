@@ -23,13 +23,13 @@ from vitok.errors import InputError
 RESTART = 75  # exit code: the rows so far are in the file, and the rest needs a process of its own (with --resume)
 SHOWN = {  # columns of the table on the terminal, of those that the rows have
     "case": "case", "frames": "frames", "size": "size", "batch": "batch", "dtype": "dtype", "direction": "direction",
-    "what": "what", "provider": "provider", "layout": "layout", "ms_p50": "ms p50", "ms_p95": "p95",
+    "path": "path", "what": "what", "provider": "provider", "layout": "layout", "ms_p50": "ms p50", "ms_p95": "p95",
     "images_per_s": "images/s", "mpixel_per_s": "Mpixel/s", "tokens_per_s": "tokens/s", "ns_per_pixel": "ns/pixel",
     "gmac": "GMAC", "percent_of_matmul": "% matmul", "percent_of_copy": "% copy", "linear_share": "linear share",
     "ratio_to_eager": "x eager", "ratio_to_reference": "x reference", "percent_of_uniform": "% of uniform",
     "macs_ratio": "x MACs", "time_ratio": "x time", "peak_mb": "peak MB", "psnr_change_db": "PSNR dB", "refused": "",
 }  # fmt: skip
-TEXT = ("case", "dtype", "direction", "what", "provider", "layout", "refused")
+TEXT = ("case", "path", "dtype", "direction", "what", "provider", "layout", "refused")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -227,10 +227,11 @@ def packed(name: str, **options: Any) -> None:
     dtype = DTYPES[dtype] if dtype else models.default_dtype(device)
     jobs = [
         Job(
-            series.packed_key(name, what, dtype),
+            series.packed_key(name, path, what, dtype),
             series.PACKED,
-            partial(series.measure_packed, name, what, device, dtype, options["seconds"]),
+            partial(series.measure_packed, name, path, what, device, dtype, options["seconds"]),
         )
+        for path in series.PATHS
         for what in ("encode", "decode")
     ]
     _run("packed", series.PACKED_COLUMNS, series.PACKED_KEY, jobs, device, options)
