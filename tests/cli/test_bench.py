@@ -40,6 +40,9 @@ def generated(folder: Path, name: str) -> str:
     return tables[name]()
 
 
+FAST = ViTok.for_inference
+
+
 def no_fast_path(model, **_):
     raise InputError("this device cannot")
 
@@ -203,7 +206,8 @@ def test_scale_stops_by_name(vitok, tmp_path):
     assert float(found[0]["ns_per_pixel"]) > 0 and "| ns a pixel |" in generated(tmp_path, "scale")
 
 
-def test_packed(vitok, tmp_path):
+def test_packed(vitok, tmp_path, monkeypatch):
+    monkeypatch.setattr(ViTok, "for_inference", FAST)
     assert vitok("bench", "packed", PICTURES, *QUICK, "--out", tmp_path).code == 0
     found = rows(tmp_path, "packed")
     assert [(row["path"], row["what"], row["provider"]) for row in found] == list(
