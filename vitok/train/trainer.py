@@ -105,37 +105,41 @@ class Trainer:
         (dB), the gradient's norm and the learning rate.
         """
         config, tubelet = self.config, self.model.config.tubelet
-        self.model.decoder.train()
-        self.model.encoder.train(config.stage == 1)
         batch = batch.to(self.device, non_blocking=True)
         target = batch.unsqueeze(1)
+        self.model.decoder.train()
+        self.model.encoder.train(config.stage == 1)
         with self.autocast:
             with torch.set_grad_enabled(config.stage == 1):
                 posterior = self.model.encode(batch, layout="channels_last")
             patches = self.model.decode_patches(posterior.sample((config.seed << 32) + step))
+
         parts = {"pixel": pixel_loss(patches, target, tubelet, config.pixel_loss), "kl": posterior.kl().float().mean()}
-        if self.perceptual or self.adversary:
+        if self.perceptual is not None or self.adversary is not None:
             reals, fakes = target_frames(target), predicted_frames(patches, tubelet, target.shape[1:4])
+        if self.perceptual is not None:
             with self.autocast:
-                if self.perceptual:
-                    parts["perceptual"] = self.perceptual(fakes, reals).float().mean()
-                if self.adversary:
-                    parts["adversarial"] = self.adversary.against(fakes)
+                parts["perceptual"] = self.perceptual(fakes, reals).float().mean()
+        if self.adversary is not None:
+            with self.autocast:
+                parts["adversarial"] = self.adversary.against(fakes)
         loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         rate = learning_rate(step, config.learning_rate, config.warmup, config.steps)
         norm = self._backward(loss, self.optimizer, rate, batch, step)
         metrics = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
-        if self.adversary:
+
+        if self.adversary is not None:
             with self.autocast:
-                against = self.adversary(reals, fakes)
+                loss = self.adversary(reals, fakes)
             its_rate = learning_rate(
                 step, config.discriminator_learning_rate, config.discriminator_warmup, config.steps
             )
-            self._backward(against, self.adversary_optimizer, its_rate, batch, step)
+            self._backward(loss, self.adversary_optimizer, its_rate, batch, step)
             self.adversary_optimizer.step()
-            metrics["discriminator"] = against.item()
+            metrics["discriminator"] = loss.item()
         self.optimizer.step()
         self._update_average(step)
+
         mse = ops.pixel_loss(patches.detach().clamp(-1, 1), target, tubelet=tubelet, kind="l2")
         psnr = (10 * torch.log10(4 / mse.clamp(min=1e-10))).mean()
         return metrics | {"psnr": psnr.item(), "grad_norm": norm, "lr": rate}
@@ -222,7 +226,7 @@ class Trainer:
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
         """What a checkpoint holds, with the names it has there."""
         yield from (("model", self.model), ("average", self.average))
-        if self.adversary:
+        if self.adversary is not None:
             yield "adversary", self.adversary
 
     def _optimized(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
@@ -230,7 +234,7 @@ class Trainer:
         for key, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield f"optimizer.{key}", parameter, self.optimizer
-        if self.adversary:
+        if self.adversary is not None:
             for key, parameter in self.adversary.named_parameters():
                 yield f"adversary_optimizer.{key}", parameter, self.adversary_optimizer
 
