@@ -303,8 +303,9 @@ def test_a_discriminator_that_is_not_finite_ends_the_run_before_anything_moves(s
 # --- stage 2
 
 
-def test_the_second_stage_trains_the_decoder_alone(second_stage):
-    run = Trainer(second_stage())
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_second_stage_trains_the_decoder_alone(second_stage, precision):
+    run = Trainer(second_stage(precision=precision))
     first = vitok.load(run.config.init)
     before = {key: value.clone() for key, value in run.adversary.state_dict().items()}
     run.run()
@@ -363,7 +364,7 @@ def test_the_discriminator_has_a_warm_up_of_its_own(second_stage):
     assert {group["lr"] for group in run.optimizer.param_groups} == {0.1}
 
 
-def test_a_second_stage_killed_and_resumed_equals_an_uninterrupted_one_bit_for_bit(second_stage):
+def test_a_second_stage_stopped_and_resumed_equals_an_uninterrupted_one_bit_for_bit(second_stage):
     whole, parts = second_stage("whole"), second_stage("parts")
     Trainer(whole).run()
     first = Trainer(parts)
