@@ -62,10 +62,10 @@ def perceptual_loss(name: str, weights: str = "") -> nn.Module | None:
 def _lpips() -> Any:
     try:
         import lpips
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the second from a torchvision made for another torch
         raise InputError(
-            "perceptual 'lpips' needs the package lpips: install it with pip install lpips, or choose 'vgg_hed' or "
-            "'none'"
+            "perceptual 'lpips' needs the package lpips and a torchvision that fits torch "
+            f"({' '.join(str(error).split())}): install them with pip install lpips, or choose 'vgg_hed' or 'none'"
         ) from error
     try:
         return lpips.LPIPS(net="vgg", verbose=False)
