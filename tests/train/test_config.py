@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from vitok import InputError
+from vitok import InputError, ViTokConfig
 from vitok.train.config import TrainConfig
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "train"
 NEEDED = {"data": "pictures", "out": "run"}
 
 
@@ -30,10 +32,41 @@ def test_every_field_is_documented_and_defaults_stand():
     assert TrainConfig.from_dict(dataclasses.asdict(config)) == config
 
 
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_ready_files_load_and_name_a_model(path):
+    config = TrainConfig.load(path)
+    ViTokConfig.from_name(config.model, preset=config.preset, channels=config.channels, **config.overrides)
+
+
+def test_the_papers_settings():
+    first, second = (TrainConfig.load(EXAMPLES / f"paper-stage{stage}.yaml") for stage in (1, 2))
+    for config in (first, second):
+        assert (config.model, config.channels, config.crop, config.steps) == ("S-B/16", 16, 256, 100_000)
+        assert (config.pixel_loss, config.beta, config.perceptual, config.eta) == ("l2", 1e-3, "lpips", 1.0)
+        assert (config.betas, config.weight_decay, config.grad_clip) == ((0.9, 0.95), 1e-4, 1.0)
+        assert config.learning_rate == pytest.approx(1e-4 * config.batch / 256)
+    assert (first.stage, first.batch, first.ema) == (1, 1024, 0)
+    assert (second.stage, second.batch, second.ema, second.adversarial_weight) == (2, 256, 0.9999, 0.05)
+    assert (second.discriminator_learning_rate, second.discriminator_warmup) == (2e-5, 25_000)
+    assert second.init == str(Path(first.out) / "model")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"colour": 1, 5: 2}, "unknown training field(s) 5, colour"),
+        ({"stepps": 1}, "unknown training field 'stepps'; did you mean 'steps'?"),
+        ({"percetual": "lpips"}, "unknown training field 'percetual'; did you mean 'perceptual'?"),
+        ({5: 2}, "unknown training field 5"),
+        ({"stage": 3}, "'stage' must lie between 1 and 2"),
+        ({"stage": 2}, "'init' must be its directory, got 'random'"),
+        ({"stage": 2, "init": "pca"}, "'init' must be its directory, got 'pca'"),
+        ({"eta": -1}, "'eta' must lie between 0"),
+        ({"adversarial_weight": -1}, "'adversarial_weight' must lie between 0"),
+        ({"discriminator_learning_rate": "slow"}, "'discriminator_learning_rate' must be float, got 'slow'"),
+        ({"discriminator_warmup": -1}, "'discriminator_warmup' must lie between 0"),
+        ({"discriminator_width": 0}, "'discriminator_width' must lie between 4"),
+        ({"lecam_weight": float("nan")}, "'lecam_weight' must lie between 0"),
+        ({"perceptual": True}, "'perceptual' must be str, got True"),
         ({"steps": 0}, "'steps' must lie between 1 and"),
         ({"steps": "many"}, "'steps' must be int, got 'many'"),
         ({"steps": 1.5}, "'steps' must be int, got 1.5"),
@@ -63,6 +96,7 @@ def test_every_field_is_documented_and_defaults_stand():
         ({"model": 16}, "'model' must be str, got 16"),
         ({"overrides": ["rope"]}, "'overrides' must be dict"),
         ({"overrides": {"channels": 4}}, "'overrides' must hold fields of the model's config, got 'channels'"),
+        ({"overrides": {"encoder_dept": 4}}, "did you mean 'encoder_depth'?"),
         ({"overrides": {"colour": 4}}, "'overrides' must hold fields of the model's config, got 'colour'"),
         ({"overrides": {3: 4}}, "'overrides' must hold fields of the model's config, got 3"),
     ],
@@ -108,7 +142,7 @@ def test_no_file(tmp_path, one_sentence):
         ("steps", "expected key=value, got 'steps'"),
         ("steps=[", "cannot read the value of 'steps=['"),
         ("steps.more=1", "'steps' is no mapping"),
-        ("colour=1", "unknown training field(s) colour"),
+        ("colour=1", "unknown training field 'colour'"),
     ],
 )
 def test_bad_assignments(tmp_path, assignment, message, one_sentence):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import vitok
 from vitok import InputError
 from vitok.evaluate.pca import fit_pca
+from vitok.evaluate.perceptual import VGGHED
 from vitok.train import trainer as trainer_module
 from vitok.train.config import TrainConfig
 from vitok.train.trainer import Trainer, learning_rate
@@ -43,6 +44,16 @@ def config(pictures, tmp_path):
         return TrainConfig.from_dict(defaults | fields)
 
     return make
+
+
+@pytest.fixture
+def second_stage(config, tmp_path, vgg_hed):
+    vitok.create_model("S-S/8", channels=4, **SIZES).save(tmp_path / "first")
+    fields = {
+        "stage": 2, "init": str(tmp_path / "first"), "perceptual": "vgg_hed", "perceptual_weights": str(vgg_hed),
+        "discriminator_width": 8, "discriminator_warmup": 2, "discriminator_learning_rate": 1e-3, "lecam_weight": 0.1,
+    }  # fmt: skip
+    return lambda out="run", **changes: config(out, **(fields | changes))
 
 
 def state_of(config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -82,14 +93,13 @@ def test_metrics_are_what_they_say(config):
     assert metrics["psnr"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_learning_rate_ends(config):
-    schedule = config(steps=100, warmup=10, learning_rate=2.0)
-    rates = [learning_rate(schedule, step) for step in range(101)]
+def test_learning_rate_ends():
+    rates = [learning_rate(step, peak=2.0, warmup=10, steps=100) for step in range(101)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0, abs=1e-12)
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
-    assert learning_rate(config(steps=5, warmup=0, learning_rate=2.0), 0) == 2.0
-    assert learning_rate(config(steps=5, warmup=9, learning_rate=2.0), 4) < 2.0
+    assert learning_rate(0, peak=2.0, warmup=0, steps=5) == 2.0
+    assert learning_rate(4, peak=2.0, warmup=9, steps=5) < 2.0
 
 
 def test_matrices_decay_and_vectors_do_not(config):
@@ -270,7 +280,116 @@ def test_a_gradient_that_is_not_finite_ends_the_run_without_touching_the_weights
     with torch.no_grad():
         run.model.encoder.embed.weight[0, 0] = float("inf")
     before = run.model.decoder.unembed.weight.clone()
+    batch = run.data[0]
     with pytest.raises(InputError) as error:
-        run.train_step(run.data[0], 4)
-    one_sentence(error.value, "not finite at step 4")
+        run.train_step(batch, 4)
+    saved = run.out / "failed.safetensors"
+    one_sentence(error.value, "not finite at step 4", str(saved))
     assert torch.equal(run.model.decoder.unembed.weight, before)
+    state = load_file(saved)
+    assert torch.equal(state["batch"], batch) and state["model.encoder.embed.weight"][0, 0] == float("inf")
+
+
+def test_a_discriminator_that_is_not_finite_ends_the_run_before_anything_moves(second_stage, one_sentence):
+    run = Trainer(second_stage(adversarial_weight=0.0))
+    before = run.model.decoder.unembed.weight.clone()
+    run.adversary.register_forward_hook(lambda module, args, loss: loss * float("nan"))
+    with pytest.raises(InputError) as error:
+        run.train_step(run.data[0], 2)
+    one_sentence(error.value, "not finite at step 2")
+    assert torch.equal(run.model.decoder.unembed.weight, before)
+
+
+# --- stage 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_second_stage_trains_the_decoder_alone(second_stage, precision):
+    run = Trainer(second_stage(precision=precision))
+    first = vitok.load(run.config.init)
+    before = {key: value.clone() for key, value in run.adversary.state_dict().items()}
+    run.run()
+    for name, parameter in run.model.named_parameters():
+        moved = not torch.equal(parameter, first.state_dict()[name])
+        assert moved == name.startswith("decoder."), name
+    assert all(not torch.equal(value, before[key]) for key, value in run.adversary.state_dict().items())
+    exported = vitok.load(run.out / "model")
+    assert identical(exported.encoder.state_dict(), first.encoder.state_dict())
+    assert not identical(exported.decoder.state_dict(), run.model.decoder.state_dict()), "averaged"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_loss_is_the_weighted_sum_of_its_parts(second_stage, vgg_hed, stage):
+    run = Trainer(second_stage(stage=stage, beta=0.5, eta=2.0, adversarial_weight=3.0))
+    batch = run.data[0]
+    target = batch.float().movedim(-1, 1) / 127.5 - 1
+    with torch.no_grad():
+        fakes, _ = run.model(batch, seed=0, layout="channels_last")
+        distance = VGGHED(vgg_hed)(fakes, target).mean().item()
+        metrics = {}
+        if stage == 2:
+            metrics["adversarial"] = -run.adversary.discriminator(fakes).mean().item()
+            metrics["discriminator"] = run.adversary(target, fakes).item()
+            run.adversary.real_logit.zero_()
+            run.adversary.fake_logit.zero_()
+    found = run.train_step(batch, 0)
+    assert found["perceptual"] == pytest.approx(distance, rel=1e-4)
+    for name, value in metrics.items():
+        assert found[name] == pytest.approx(value, rel=1e-4)
+    total = found["pixel"] + 0.5 * found["kl"] + 2 * distance + 3 * metrics.get("adversarial", 0)
+    assert found["loss"] == pytest.approx(total, rel=1e-4)
+    assert ("discriminator" in found) == (stage == 2)
+
+
+def test_the_discriminator_learns_to_tell(second_stage):
+    losses = []
+    run = Trainer(second_stage(steps=40, learning_rate=0.0, perceptual="none", lecam_weight=0.0))
+    run.run(lambda step, metrics: losses.append(metrics["discriminator"]))
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_the_decoder_learns_from_the_discriminator(second_stage):
+    last = {}
+    for weight in (0.0, 5.0):
+        changes = {"perceptual": "none", "adversarial_weight": weight, "discriminator_learning_rate": 0.0}
+        run = Trainer(second_stage(f"run{weight}", steps=20, **changes))
+        run.run(lambda step, metrics, weight=weight: last.__setitem__(weight, metrics["adversarial"]))
+    assert last[5.0] < last[0.0] - 0.05
+
+
+def test_the_discriminator_has_a_warm_up_of_its_own(second_stage):
+    run = Trainer(second_stage(discriminator_warmup=4, discriminator_learning_rate=0.8, warmup=2, learning_rate=0.2))
+    run.train_step(run.data[0], 0)
+    assert {group["lr"] for group in run.adversary_optimizer.param_groups} == {0.2}
+    assert {group["lr"] for group in run.optimizer.param_groups} == {0.1}
+
+
+def test_a_second_stage_stopped_and_resumed_equals_an_uninterrupted_one_bit_for_bit(second_stage):
+    whole, parts = second_stage("whole"), second_stage("parts")
+    Trainer(whole).run()
+    first = Trainer(parts)
+    first.run(lambda step, metrics: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None)
+    again = Trainer(parts)
+    assert 3 <= again.step == first.step < 6
+    again.run()
+    assert identical(state_of(parts), state_of(whole))
+    names = {key.split(".")[0] for key in state_of(whole)}
+    assert names == {"model", "average", "adversary", "optimizer", "adversary_optimizer"}
+    logs = [(Path(c.out) / "log.csv").read_text().splitlines() for c in (parts, whole)]
+    assert logs[0][-1] == logs[1][-1] and "discriminator" in logs[0][0]
+
+
+def test_a_run_goes_on_when_perceptual_weights_have_moved(second_stage, vgg_hed, tmp_path):
+    Trainer(second_stage(steps=1)).run()
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    elsewhere.write_bytes(vgg_hed.read_bytes())
+    assert Trainer(second_stage(perceptual_weights=str(elsewhere))).step == 1
+
+
+def test_the_second_stage_needs_a_model(second_stage, tmp_path, one_sentence):
+    with pytest.raises(InputError) as error:
+        Trainer(second_stage(init=str(tmp_path / "nowhere")))
+    one_sentence(error.value, "nowhere")
+    with pytest.raises(InputError) as error:
+        second_stage(init="random")
+    one_sentence(error.value, "stage-1 model", "'init'")

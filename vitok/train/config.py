@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitok.config import ViTokConfig
+from vitok.config import ViTokConfig, _suggest
 from vitok.errors import InputError
 
 # The others have a field of their own here.
@@ -17,18 +17,26 @@ LIMITS: tuple[tuple[str, float, float], ...] = (
     ("steps", 1, 2**32 - 1), ("batch", 1, 2**31), ("crop", 1, 2**16), ("short_side", 1, 2**16),
     ("save_every", 1, 2**32), ("seed", 0, 2**32 - 1), ("workers", 0, 1024), ("warmup", 0, 2**32), ("beta", 0, 1e9),
     ("learning_rate", 0, 1e3), ("weight_decay", 0, 1e3), ("grad_clip", 1e-12, 1e12), ("betas", 0, 1 - 1e-12),
-    ("ema", 0, 1),
+    ("ema", 0, 1), ("stage", 1, 2), ("eta", 0, 1e9), ("adversarial_weight", 0, 1e9),
+    ("discriminator_learning_rate", 0, 1e3), ("discriminator_warmup", 0, 2**32), ("discriminator_width", 4, 2**16),
+    ("lecam_weight", 0, 1e9),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Stage 1 of ViTok (arXiv:2501.09755, section 2.3): encoder and decoder, pixel loss + beta KL, no discriminator."""
+    """A run of ViTok's recipe (arXiv:2501.09755, section 2.3).
+
+    Stage 1: encoder and decoder, by pixel loss + beta KL + eta perceptual loss. Stage 2: the decoder alone, by the same
+    losses + adversarial_weight times what a discriminator, which is trained beside it, has against its pictures.
+    """
 
     data: str
     """Folder of pictures, searched recursively."""
     out: str
     """Directory of the run: `model/` (the averaged weights), `state.safetensors` (to resume from), `log.csv`."""
+    stage: int = 1
+    """1, or 2 to go on from the stage-1 model that `init` names with its encoder frozen."""
     model: str = "S-B/16"
     """Model name."""
     preset: str = "paper"
@@ -54,16 +62,33 @@ class TrainConfig:
     factor)."""
     beta: float = 1e-3
     """Weight of the KL divergence (mean over tokens and channels)."""
+    perceptual: str = "none"
+    """"none", "vgg_hed" (the VGG-HED distance), "lpips" (the package lpips, VGG), or one that an installed package
+    provides as an entry point of the group `vitok.perceptual_losses` (`vitok.train.losses.perceptual_loss`)."""
+    perceptual_weights: str = ""
+    """File of weights for the perceptual loss; "vgg_hed" needs it."""
+    eta: float = 1.0
+    """Weight of the perceptual loss, where one is named."""
+    adversarial_weight: float = 0.05
+    """Weight of the adversarial loss of stage 2; lambda in the paper, whose appendix finds 0.05 better than 1."""
+    discriminator_width: int = 512
+    """Channels of the discriminator up to 64 pixels a side; half as many with each doubling beyond."""
+    discriminator_learning_rate: float = 2e-5
+    """Peak rate of the discriminator; linear warm-up, then cosine to zero."""
+    discriminator_warmup: int = 25_000
+    """Steps of the discriminator's warm-up."""
+    lecam_weight: float = 0.0
+    """Weight of LeCam regularisation (arXiv:2104.03310) in the discriminator's loss."""
     learning_rate: float = 1e-4
     """Peak rate; linear warm-up, then cosine to zero."""
     warmup: int = 500
     """Steps of warm-up."""
     weight_decay: float = 1e-4
-    """AdamW's, on matrices only."""
+    """AdamW's, on matrices only, the discriminator's too."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's."""
+    """AdamW's, the discriminator's too."""
     grad_clip: float = 1.0
-    """Largest global gradient norm, applied after backward."""
+    """Largest global gradient norm, of the model and of the discriminator, applied after backward."""
     ema: float = 0.999
     """Decay of the averaged weights, which are the ones exported."""
     precision: str = "auto"
@@ -97,7 +122,15 @@ class TrainConfig:
             ) from error
         for name in self.overrides:
             if name not in OVERRIDES:
-                raise InputError(f"training field 'overrides' must hold fields of the model's config, got {name!r}")
+                raise InputError(
+                    f"training field 'overrides' must hold fields of the model's config, got {name!r}"
+                    f"{_suggest(str(name), OVERRIDES)}"
+                )
+        if self.stage == 2 and self.init in ("random", "pca"):
+            raise InputError(
+                "stage 2 trains the decoder of a stage-1 model: training field 'init' must be its directory, "
+                f"got {self.init!r}"
+            )
 
     @classmethod
     def load(cls, path: str | Path, assignments: tuple[str, ...] = ()) -> TrainConfig:
@@ -131,9 +164,9 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        if unknown := values.keys() - fields.keys():
-            names = ", ".join(sorted(map(str, unknown)))
-            raise InputError(f"unknown training field(s) {names}; see vitok/train/config.py")
+        for name in values:
+            if name not in fields:
+                raise InputError(f"unknown training field {name!r}{_suggest(str(name), fields)}")
         if missing := {"data", "out"} - values.keys():
             raise InputError(f"the training config lacks {', '.join(sorted(missing))}")
         return cls(**{name: _as_type(name, str(fields[name].type), value) for name, value in values.items()})

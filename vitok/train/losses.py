@@ -1,11 +1,21 @@
-"""Losses of stage 1."""
+"""What a reconstruction is compared by: pixels, and features of a network by name."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitok import ops
+from vitok.config import _suggest
+from vitok.errors import InputError
+from vitok.evaluate.perceptual import VGGHED
+
+PLUGINS = "vitok.perceptual_losses"
+"""Entry-point group of perceptual losses in installed packages."""
 
 
 def pixel_loss(patches: Tensor, target: Tensor, tubelet: tuple[int, int], kind: str) -> Tensor:
@@ -18,3 +28,60 @@ def pixel_loss(patches: Tensor, target: Tensor, tubelet: tuple[int, int], kind: 
     if kind == "log_l2":
         return torch.log(ops.pixel_loss(patches, target, tubelet=tubelet, kind="l2") + 1e-4).mean()
     return ops.pixel_loss(patches, target, tubelet=tubelet, kind=kind).mean()
+
+
+def perceptual_loss(name: str, weights: str = "") -> nn.Module | None:
+    """The frozen network that measures how far pictures lie apart, or None for "none".
+
+    Args:
+        name: "none"; "vgg_hed" (`vitok.evaluate.perceptual.VGGHED`); "lpips", the package's with its VGG network
+            (arXiv:1801.03924); or the name of an entry point of the group `vitok.perceptual_losses`, a callable that
+            makes the module from `weights`.
+        weights: path of the network's weights; "lpips" finds its own.
+
+    Returns: a module that maps two batches [B, 3, H, W], RGB in [-1, 1], float32, to distances, [B] or [B, 1, 1, 1],
+    and is differentiable in the first. Raises InputError for an unknown name and for a package or weights that are
+    missing.
+    """
+    if name == "none":
+        return None
+    if name == "vgg_hed":
+        return VGGHED(weights)
+    if name == "lpips":
+        return _lpips().requires_grad_(False).eval()
+    plugins = {entry.name: entry for entry in entry_points(group=PLUGINS)}
+    if name not in plugins:
+        known = ("none", "vgg_hed", "lpips", *sorted(plugins))
+        raise InputError(
+            f"training field 'perceptual' must be one of {', '.join(known)} or an entry point of {PLUGINS} in an "
+            f"installed package, got {name!r}{_suggest(name, known)}"
+        )
+    return plugins[name].load()(weights).requires_grad_(False).eval()
+
+
+def _lpips() -> Any:
+    try:
+        import lpips
+    except (ImportError, RuntimeError) as error:  # the second from a torchvision made for another torch
+        raise InputError(
+            "perceptual 'lpips' needs the package lpips and a torchvision that fits torch "
+            f"({' '.join(str(error).split())}): install them with pip install lpips, or choose 'vgg_hed' or 'none'"
+        ) from error
+    try:
+        return lpips.LPIPS(net="vgg", verbose=False)
+    except (OSError, RuntimeError) as error:  # torchvision fetches the VGG weights unless they are in its cache
+        raise InputError(
+            f"perceptual 'lpips' cannot have its VGG weights, which torchvision downloads: "
+            f"{' '.join(str(error).split())}; choose 'vgg_hed' or 'none' to train without"
+        ) from error
+
+
+def predicted_frames(patches: Tensor, tubelet: tuple[int, int], size: Sequence[int]) -> Tensor:
+    """Patch rows [B, L, q * p * p * 3] of clips of size (T, H, W) as float32 pictures [B * T, 3, H, W]."""
+    clips = ops.tubelet_scatter(patches, tubelet=tubelet, size=(size[0], size[1], size[2]))
+    return clips.transpose(1, 2).flatten(0, 1).float()
+
+
+def target_frames(clips: Tensor) -> Tensor:
+    """uint8 clips [B, T, H, W, 3] as float32 pictures [B * T, 3, H, W] in [-1, 1]."""
+    return clips.flatten(0, 1).movedim(-1, 1).float() * (2 / 255) - 1

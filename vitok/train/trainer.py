@@ -26,10 +26,11 @@ from vitok.errors import InputError
 from vitok.evaluate.pca import PCA_CROPS, fit_pca
 from vitok.io.files import atomic_path
 from vitok.train.config import TrainConfig
+from vitok.train.discriminator import Adversary, Discriminator
 from vitok.train.init import init_from_pca
-from vitok.train.losses import pixel_loss
+from vitok.train.losses import perceptual_loss, pixel_loss, predicted_frames, target_frames
 
-STATE, LOG, MODEL = "state.safetensors", "log.csv", "model"
+STATE, LOG, MODEL, FAILED = "state.safetensors", "log.csv", "model", "failed.safetensors"
 
 
 class Trainer:
@@ -50,12 +51,22 @@ class Trainer:
         model = create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides)
         self.model = model.to(self.device)
         self.average = copy.deepcopy(self.model).eval()
-        matrices = [p for p in self.model.parameters() if p.dim() > 1]
-        vectors = [p for p in self.model.parameters() if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=config.learning_rate, betas=config.betas, fused=True,
-        )  # fmt: skip
+        if config.stage == 2:
+            self.model.encoder.requires_grad_(False)
+        self.optimizer = _adamw(self.model, config)
+        network = perceptual_loss(config.perceptual, config.perceptual_weights)
+        self.perceptual = None if network is None else network.to(self.device)
+        self.adversary: Adversary | None = None
+        if config.stage == 2:
+            discriminator = Discriminator(config.crop, config.discriminator_width)
+            self.adversary = Adversary(discriminator, config.lecam_weight).to(self.device)
+            self.adversary_optimizer = _adamw(self.adversary, config)
+        self.weights = {
+            "pixel": 1.0,
+            "kl": config.beta,
+            "perceptual": config.eta,
+            "adversarial": config.adversarial_weight,
+        }
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=_use_bf16(config.precision, self.device)
         )
@@ -90,38 +101,67 @@ class Trainer:
     def train_step(self, batch: Tensor, step: int) -> dict[str, float]:
         """One update on uint8 pixels [B, H, W, 3].
 
-        Returns the loss, its parts, PSNR of the batch (dB), the gradient's norm and the learning rate.
+        Returns the loss, its parts before they are weighted, in stage 2 the discriminator's loss, PSNR of the batch
+        (dB), the gradient's norm and the learning rate.
         """
-        config = self.config
-        self.model.train()
+        config, tubelet = self.config, self.model.config.tubelet
         batch = batch.to(self.device, non_blocking=True)
-        target, tubelet = batch.unsqueeze(1), self.model.config.tubelet
+        target = batch.unsqueeze(1)
+        self.model.decoder.train()
+        self.model.encoder.train(config.stage == 1)
         with self.autocast:
-            posterior = self.model.encode(batch, layout="channels_last")
+            with torch.set_grad_enabled(config.stage == 1):
+                posterior = self.model.encode(batch, layout="channels_last")
             patches = self.model.decode_patches(posterior.sample((config.seed << 32) + step))
-        distance = pixel_loss(patches, target, tubelet, config.pixel_loss)
-        kl = posterior.kl().float().mean()
-        loss = distance + config.beta * kl
-        rate = learning_rate(config, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        if not math.isfinite(norm.item()):
-            raise InputError(f"the gradient is not finite at step {step}; lower learning_rate or check the data")
+
+        parts = {"pixel": pixel_loss(patches, target, tubelet, config.pixel_loss), "kl": posterior.kl().float().mean()}
+        if self.perceptual is not None or self.adversary is not None:
+            reals, fakes = target_frames(target), predicted_frames(patches, tubelet, target.shape[1:4])
+        if self.perceptual is not None:
+            with self.autocast:
+                parts["perceptual"] = self.perceptual(fakes, reals).float().mean()
+        if self.adversary is not None:
+            with self.autocast:
+                parts["adversarial"] = self.adversary.against(fakes)
+        loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
+        rate = learning_rate(step, config.learning_rate, config.warmup, config.steps)
+        norm = self._backward(loss, self.optimizer, rate, batch, step)
+        metrics = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+
+        if self.adversary is not None:
+            with self.autocast:
+                loss = self.adversary(reals, fakes)
+            its_rate = learning_rate(
+                step, config.discriminator_learning_rate, config.discriminator_warmup, config.steps
+            )
+            self._backward(loss, self.adversary_optimizer, its_rate, batch, step)
+            self.adversary_optimizer.step()
+            metrics["discriminator"] = loss.item()
         self.optimizer.step()
         self._update_average(step)
+
         mse = ops.pixel_loss(patches.detach().clamp(-1, 1), target, tubelet=tubelet, kind="l2")
         psnr = (10 * torch.log10(4 / mse.clamp(min=1e-10))).mean()
-        return {
-            "loss": loss.item(),
-            "pixel": distance.item(),
-            "kl": kl.item(),
-            "psnr": psnr.item(),
-            "grad_norm": norm.item(),
-            "lr": rate,
-        }
+        return metrics | {"psnr": psnr.item(), "grad_norm": norm, "lr": rate}
+
+    def _backward(self, loss: Tensor, optimizer: torch.optim.Optimizer, rate: float, batch: Tensor, step: int) -> float:
+        """Clipped gradients for a step of `optimizer` at `rate`; returns their norm before clipping.
+
+        A loss or norm that is not finite ends the run, before anything has moved; what led there is saved.
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip).item()
+        if not math.isfinite(norm + loss.item()):
+            self._write_state(self.out / FAILED, batch=batch)
+            raise InputError(
+                f"the loss ({loss.item():g}) or its gradient ({norm:g}) is not finite at step {step}; lower "
+                f"learning_rate or check the data; {self.out / FAILED} holds the state and the batch it came from"
+            )
+        return norm
 
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
@@ -131,16 +171,7 @@ class Trainer:
     def save(self, metrics: dict[str, float]) -> None:
         """Write the averaged model, the state to resume from and a log line."""
         self.average.save(self.out / MODEL)
-        tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
-        tensors |= {f"average.{key}": value for key, value in self.average.state_dict().items()}
-        for key, parameter in self.model.named_parameters():
-            tensors |= {f"optimizer.{name}.{key}": value for name, value in self.optimizer.state[parameter].items()}
-        with atomic_path(self.out / STATE) as path:
-            save_file(
-                {k: v.contiguous() for k, v in tensors.items()},
-                path,
-                metadata={"step": str(self.step), "run": self._identity()},
-            )
+        self._write_state(self.out / STATE)
         log = self.out / LOG
         rows = [row for row in _read_rows(log) if int(row["step"]) < self.step]
         rows.append({"step": self.step, **{name: f"{value:.6g}" for name, value in metrics.items()}})
@@ -175,17 +206,42 @@ class Trainer:
         if metadata.get("run") != self._identity():
             raise InputError(f"{self.out} holds a run with another configuration; choose another `out` or remove it")
         self.step = int(metadata["step"])
-        for prefix, module in (("model.", self.model), ("average.", self.average)):
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        for name, module in self._modules():
+            found = {key.removeprefix(f"{name}."): v for key, v in tensors.items() if key.startswith(f"{name}.")}
+            module.load_state_dict(found)
+        for key, parameter, optimizer in self._optimized():
+            optimizer.state[parameter] = {name: tensors[f"{key}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")}
+
+    def _write_state(self, path: Path, **more: Tensor) -> None:
+        tensors = {f"{name}.{key}": v for name, module in self._modules() for key, v in module.state_dict().items()}
+        for key, parameter, optimizer in self._optimized():
+            tensors |= {f"{key}.{name}": value for name, value in optimizer.state[parameter].items()}
+        with atomic_path(path) as temporary:
+            save_file(
+                {key: value.contiguous() for key, value in (tensors | more).items()},
+                temporary,
+                metadata={"step": str(self.step), "run": self._identity()},
+            )
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """What a checkpoint holds, with the names it has there."""
+        yield from (("model", self.model), ("average", self.average))
+        if self.adversary is not None:
+            yield "adversary", self.adversary
+
+    def _optimized(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+        """Parameters that are trained, with the names and owners of their optimizer states."""
         for key, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                name: tensors[f"optimizer.{name}.{key}"] for name in ("step", "exp_avg", "exp_avg_sq")
-            }
+            if parameter.requires_grad:
+                yield f"optimizer.{key}", parameter, self.optimizer
+        if self.adversary is not None:
+            for key, parameter in self.adversary.named_parameters():
+                yield f"adversary_optimizer.{key}", parameter, self.adversary_optimizer
 
     def _identity(self) -> str:
         """What must be equal for a run to go on: everything but how long it is, where it lives and how it is fed."""
         fields = dataclasses.asdict(self.config)
-        for name in ("data", "out", "steps", "workers", "save_every"):
+        for name in ("data", "out", "steps", "workers", "save_every", "perceptual_weights"):
             del fields[name]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -197,12 +253,21 @@ class Trainer:
         return iter(loader)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     """Linear warm-up to the peak, then cosine to zero at the last step."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Of the module's parameters that are trained; only matrices (and kernels) decay."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=config.betas, fused=True,
+    )  # fmt: skip
 
 
 def _use_bf16(precision: str, device: torch.device) -> bool:
