@@ -128,7 +128,8 @@ def small_pca(monkeypatch):
 def test_eval(vitok, models, photos):
     result = vitok("eval", photos, "--size", 32, "--model", models.pictures)
     assert result.code == 0 and result.err == ""
-    title, header, *rows, mean, summary = result.out.splitlines()
+    title, header, *rows, mean, protocol, summary = result.out.splitlines()
+    assert "antialiased" in protocol and "posterior mean" in protocol and package.__version__ in protocol
     assert "32 x 32 centre crops, 16 x 16 patches, 32 channels" in title and header.count("PSNR dB") == 1
     assert [row.split()[0] for row in rows] == ["a_0.png", "a_1.png", "b_2.png"] and mean.startswith("mean of 3")
     assert summary == "3 scored"
@@ -140,8 +141,8 @@ def test_eval_equals_reconstruct(vitok, models, photos, tmp_path):
     facts = json.loads(vitok("eval", photos, "--size", 32, "--model", models.pictures, "--json").out)
     (name,) = facts["means"]
     assert name == str(models.pictures) and facts["pictures"] == 3 and facts["failed"] == 0 and facts["size"] == 32
-    for row, picture in zip(rows, facts["psnr"], strict=True):
-        assert picture["input"] == row["input"] and picture[name] == pytest.approx(row["psnr"], abs=1e-6)
+    for row, picture in zip(rows, facts["scores"], strict=True):
+        assert picture["input"] == row["input"] and picture[name]["psnr"] == pytest.approx(row["psnr"], abs=1e-6)
     assert facts["means"][name]["psnr"] == pytest.approx(sum(row["psnr"] for row in rows) / 3)
     assert facts["means"][name]["ssim"] == pytest.approx(sum(row["ssim"] for row in rows) / 3)
 
@@ -167,7 +168,7 @@ def test_eval_goes_on_past_bad_pictures(vitok, models, photos, small_pca):
     result = vitok("eval", photos, *options, "--json")
     assert result.code == 2
     facts = json.loads(result.out)
-    assert facts["pictures"] == 3 and facts["failed"] == 1 and len(facts["psnr"]) == 3
+    assert facts["pictures"] == 3 and facts["failed"] == 1 and len(facts["scores"]) == 3
 
 
 @pytest.mark.parametrize(
