@@ -178,7 +178,8 @@ def evaluate(
 
 
 def _open(wanted: set[str], paths: Mapping[str, Path | None], frames: int | None, device: torch.device) -> Metrics:
-    metrics, opened = Metrics(), {}
+    metrics = Metrics()
+    opened: dict[Callable[..., Extractor], Extractor | Unavailable] = {}  # rFID and rIS look through the same network
     for name in (name for name in TITLES if name in wanted):
         try:
             if name == "fvd" and frames is None:
@@ -187,9 +188,15 @@ def _open(wanted: set[str], paths: Mapping[str, Path | None], frames: int | None
                 metrics.distances[name], metrics.sources[name] = DISTANCES[name](paths.get(name), device)
                 continue
             opener = EXTRACTORS[name]
-            if opener not in opened:  # rFID and rIS look through the same network
-                opened[opener] = opener(paths.get(name), device)
-            metrics.extractors[name], metrics.sources[name] = opened[opener], opened[opener].source
+            if opener not in opened:
+                try:
+                    opened[opener] = opener(paths.get(name), device)
+                except Unavailable as error:
+                    opened[opener] = error
+            extractor = opened[opener]
+            if isinstance(extractor, Unavailable):
+                raise extractor
+            metrics.extractors[name], metrics.sources[name] = extractor, extractor.source
         except Unavailable as error:
             metrics.sources[name] = f"skipped: {error}"
     return metrics
@@ -209,18 +216,19 @@ def _through(model: ViTok, pixels: Tensor, eight_bits: bool = False) -> Tensor:
 
 def _once(model: ViTok, pixels: Tensor, eight_bits: bool) -> Tensor:
     latents = model.encode(pixels, layout="channels_last").mode()
-    if eight_bits:
-        step = latents.abs().amax(tuple(range(1, latents.dim())), keepdim=True).clamp(min=1e-6) / 127
-        latents = (latents / step).round() * step
+    if eight_bits:  # -127..127 with a float16 scale for each channel of a picture, or of what is encoded at once
+        exact = latents.float()
+        step = (exact.flatten(2).abs().amax(2) / 127).half().float().clamp(min=1e-7)
+        step = step.view(*step.shape, *(1,) * (latents.dim() - 2))
+        latents = ((exact / step).round().clamp(-127, 127) * step).to(latents.dtype)
     return model.decode(latents, size=tuple(pixels.shape[1:-1]))
 
 
 def _bytes(model: ViTok, size: int, frames: int | None) -> list[int]:
-    """Bytes of the latents at 8 bits a float: of a picture, or of a clip shared out evenly over its frames."""
-    count = frames or 1
-    step = model.config.clip_frames
-    tokens = sum(prod(model.config.grid(min(step, count - start), size, size)) for start in range(0, count, step))
-    total = tokens * model.config.channels
+    """Bytes of latents at 8 bits a float, scales included: of a picture, or of a clip shared out over its frames."""
+    count, step = frames or 1, model.config.clip_frames
+    parts = [prod(model.config.grid(min(step, count - start), size, size)) for start in range(0, count, step)]
+    total = (sum(parts) + 2 * len(parts)) * model.config.channels
     return [total * (i + 1) // count - total * i // count for i in range(count)]
 
 

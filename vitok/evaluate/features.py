@@ -176,7 +176,7 @@ def open_i3d(path: Path | None, device: torch.device) -> Extractor:
     def features(clips: Tensor) -> tuple[Tensor, Tensor | None]:
         try:
             return net(clips.to(device), rescale=True, resize=True, return_features=True), None
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:
             shape = list(clips.shape)
             raise InputError(
                 f"{path} does not take clips {shape} as StyleGAN-V's I3D does; more frames may do"
@@ -190,7 +190,7 @@ def _package(name: str, install: str) -> ModuleType:
         return importlib.import_module(name)
     except (ImportError, RuntimeError, AttributeError) as error:  # the last two from a torchvision of another torch
         top, missing = name.partition(".")[0], getattr(error, "name", None)
-        if missing == top:
+        if missing in (top, name):
             raise Unavailable(f"the package {top} is not installed; {install}") from None
         reason = " ".join(str(error).split())[:120]
         raise Unavailable(f"the package {top} cannot be imported ({reason}); {install}") from None
