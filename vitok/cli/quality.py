@@ -93,7 +93,7 @@ def _path_option(name: str, text: str) -> Callable[[Callable[..., None]], Callab
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--size", type=SIZE, default=256, show_default=True, help="Short side, then centre crop, pixels.")
 @click.option("--frames", type=click.IntRange(1), help="Score clips, not pictures: the first so many frames of each.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Pictures or clips at a time.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Pictures or frames at a time.")
 @click.option("--metrics", "wanted", type=MetricList(), default="", help=f"More: {', '.join(TITLES)} or all.")
 @_path_option("--vgg-hed", "Weights of the VGG-HED distance, safetensors; adds it.")
 @_path_option("--lpips-weights", "torchvision's AlexNet for LPIPS; adds it.")
@@ -143,7 +143,7 @@ def evaluate(
             }
             rows[name] = Row([], comparisons)
             scores = score_folder(
-                folder, size, reconstruct, batch=batch, frames=frames,
+                folder, size, reconstruct, batch=max(1, batch // (frames or 1)), frames=frames,
                 distances=metrics.distances, comparisons=tuple(comparisons.values()), device=model.device,
             )  # fmt: skip
             with display.track(None, "clips" if frames else "pictures") as advance:
@@ -169,7 +169,11 @@ def evaluate(
                 display.say(
                     f"JPEG cannot be as small as {sum(budgets)} bytes for {over} of {len(sizes)}, even at quality 1"
                 )
-    facts = _facts(rows, metrics, model, size, frames) if len(failed) < total else {"pictures": 0}
+    facts = (
+        _facts(rows, metrics, model, size, frames)
+        if len(failed) < total
+        else {"pictures": 0, "means": {}, "scores": []}
+    )
     if as_json:
         click.echo(json.dumps({"size": size, "failed": len(failed), **facts}, indent=2))
     elif len(failed) < total:

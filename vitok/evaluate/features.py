@@ -29,6 +29,7 @@ from vitok.io.files import check_readable
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 ALEXNET = "alexnet-owt-7be5be79.pth"
+AT_ONCE = 16  # pictures that a network sees; a clip has many frames
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Two batches of pictures, floats [B, 3, H, W] in [-1, 1], to distances [B]."""
@@ -87,7 +88,11 @@ class Comparison:
 
     def _through(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         clips = pixels.movedim(-1, 1)  # [B, 3, T, H, W]
-        return self.extractor.features(clips if self.extractor.clips else clips.transpose(1, 2).flatten(0, 1))
+        if self.extractor.clips:
+            return self.extractor.features(clips)
+        pictures = clips.transpose(1, 2).flatten(0, 1)
+        features, logits = zip(*map(self.extractor.features, pictures.split(AT_ONCE)), strict=True)
+        return torch.cat(features), None if logits[0] is None else torch.cat(logits)
 
 
 def open_vgg_hed(path: Path | None, device: torch.device) -> tuple[Distance, str]:

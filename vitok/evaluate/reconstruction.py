@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitok.errors import InputError
-from vitok.evaluate.features import Comparison, Distance
+from vitok.evaluate.features import AT_ONCE, Comparison, Distance
 from vitok.evaluate.metrics import psnr, ssim, to_uint8
 from vitok.io import ClipReader
 from vitok.io.files import Entry, find_inputs
@@ -106,17 +106,18 @@ def _measure(
     device: torch.device | str,
 ) -> Iterator[Score]:
     """The scores filled in from uint8 [B, T, H, W, 3] of originals and reconstructions."""
-    pair = [pixels.flatten(0, 1).to(device).movedim(-1, 1).float() * (2 / 255) - 1 for pixels in (before, after)]
-    far = {
-        name: distance(*pair).double().cpu().view(after.shape[:2]).mean(1).tolist()
-        for name, distance in distances.items()
-    }
+    far: dict[str, list[Tensor]] = {name: [] for name in distances}
+    for parts in zip(*(x.flatten(0, 1).split(AT_ONCE) for x in (before, after)), strict=True) if distances else ():
+        pair = [part.to(device).movedim(-1, 1).float() * (2 / 255) - 1 for part in parts]
+        for name, distance in distances.items():
+            far[name].append(distance(*pair).double().cpu())
+    means = {name: torch.cat(values).view(after.shape[:2]).mean(1).tolist() for name, values in far.items()}
     for i, score in enumerate(scores):
         yield replace(
             score,
             psnr=fmean(psnr(x, y) for x, y in zip(after[i], before[i], strict=True)),
             ssim=ssim(after[i], before[i]),
-            distances={name: values[i] for name, values in far.items()},
+            distances={name: values[i] for name, values in means.items()},
         )
 
 
