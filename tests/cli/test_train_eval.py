@@ -292,7 +292,7 @@ def test_eval_of_all_pictures_together(vitok, models, photos, monkeypatch):
     "options, words",
     [
         (("--metrics", "fidd"), "there is no metric 'fidd'; there are .*fd-efficientnet-lite0"),
-        (("--vgg-hed", "nowhere"), "there is no nowhere"),
+        (("--vgg-hed", "nowhere"), "there is no .*nowhere"),
         (("--fvd-weights", "nowhere", "--frames", "4"), "nowhere does not exist"),
         (("--batch", "0"), "--batch"),
         (("--frames", "0"), "--frames"),
@@ -301,3 +301,13 @@ def test_eval_of_all_pictures_together(vitok, models, photos, monkeypatch):
 def test_eval_refuses_metrics(vitok, models, photos, options, words):
     result = vitok("eval", photos, "--model", models.pictures, *options)
     assert result.code == 2 and result.out == "" and re.search(words, result.err.splitlines()[-1]), result
+
+
+def test_eval_of_clips_beside_pca_needs_channels_for_every_frame(vitok, files, tmp_path):
+    pytest.importorskip("av")
+    package.create_model("Tiw64d1h1-Tiw64d1h1/4x16", channels=30).save(tmp_path / "thirty")
+    files.clip(tmp_path / "clips" / "a.mp4", frames=4)
+    options = ("--frames", 4, "--size", 32, "--model", tmp_path / "thirty", "--pca", tmp_path)
+    result = vitok("eval", tmp_path / "clips", *options)
+    assert result.code == 2 and result.out == ""
+    assert "4 frames the same share of the 30 channels" in result.err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""The networks that metrics look through, by name. Nothing is downloaded, and no weights file can run code.
+"""The networks that metrics look through, by name. Nothing is downloaded, and no weights file but I3D's can run code.
 
 Every `open_...` raises `Unavailable` where a package or a file that comes apart is not there, and InputError where a
 file that was named cannot be used.

@@ -35,6 +35,8 @@ class VGGHED(nn.Module):
     Raises InputError when there is no such file, it is damaged, or it holds other weights.
     """
 
+    means: Tensor
+
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         with torch.device("meta"):
@@ -76,7 +78,9 @@ def _read(path: str | Path, module: nn.Module) -> dict[str, Tensor]:
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
-        reason = f"there is no {path}" if not Path(path).exists() else f"{path} is no readable safetensors file"
+        reason = (
+            f"there is no file {str(path)!r}" if not Path(path).is_file() else f"{path} is no readable safetensors file"
+        )
         raise InputError(f"VGG-HED weights: {reason}; {where}") from error
     wanted = module.state_dict()
     for key in wanted.keys() | state.keys():
