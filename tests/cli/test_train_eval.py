@@ -2,11 +2,14 @@ import json
 import os
 import re
 import signal
+import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import vitok as package
+from vitok.evaluate.features import EXTRACTORS, Extractor
 
 pytest.importorskip("yaml")
 
@@ -133,7 +136,8 @@ def small_pca(monkeypatch):
 def test_eval(vitok, models, photos):
     result = vitok("eval", photos, "--size", 32, "--model", models.pictures)
     assert result.code == 0 and result.err == ""
-    title, header, *rows, mean, summary = result.out.splitlines()
+    title, header, *rows, mean, protocol, summary = result.out.splitlines()
+    assert "antialiased" in protocol and "posterior mean" in protocol and package.__version__ in protocol
     assert "32 x 32 centre crops, 16 x 16 patches, 32 channels" in title and header.count("PSNR dB") == 1
     assert [row.split()[0] for row in rows] == ["a_0.png", "a_1.png", "b_2.png"] and mean.startswith("mean of 3")
     assert summary == "3 scored"
@@ -145,8 +149,8 @@ def test_eval_equals_reconstruct(vitok, models, photos, tmp_path):
     facts = json.loads(vitok("eval", photos, "--size", 32, "--model", models.pictures, "--json").out)
     (name,) = facts["means"]
     assert name == str(models.pictures) and facts["pictures"] == 3 and facts["failed"] == 0 and facts["size"] == 32
-    for row, picture in zip(rows, facts["psnr"], strict=True):
-        assert picture["input"] == row["input"] and picture[name] == pytest.approx(row["psnr"], abs=1e-6)
+    for row, picture in zip(rows, facts["scores"], strict=True):
+        assert picture["input"] == row["input"] and picture[name]["psnr"] == pytest.approx(row["psnr"], abs=1e-6)
     assert facts["means"][name]["psnr"] == pytest.approx(sum(row["psnr"] for row in rows) / 3)
     assert facts["means"][name]["ssim"] == pytest.approx(sum(row["ssim"] for row in rows) / 3)
 
@@ -172,7 +176,7 @@ def test_eval_goes_on_past_bad_pictures(vitok, models, photos, small_pca):
     result = vitok("eval", photos, *options, "--json")
     assert result.code == 2
     facts = json.loads(result.out)
-    assert facts["pictures"] == 3 and facts["failed"] == 1 and len(facts["psnr"]) == 3
+    assert facts["pictures"] == 3 and facts["failed"] == 1 and len(facts["scores"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -192,3 +196,123 @@ def test_eval_of_nothing(vitok, models, tmp_path):
     result = vitok("eval", tmp_path / "nowhere", "--model", models.pictures, "--pca", tmp_path)
     assert result.code == 2 and len(result.err.splitlines()) == 1 and "nowhere does not exist" in result.err
     assert result.out == "0 of 1 scored, 1 failed\n"
+
+
+def test_eval_gives_the_same_digits_whatever_the_batch(vitok, models, photos, files, hed):
+    for seed in range(3, 5):
+        files.picture(photos / f"c_{seed}.png", 40, 40, seed)
+    options = ("eval", photos, "--size", 32, "--model", models.pictures, "--vgg-hed", hed, "--jpeg")
+    results = [vitok(*options, "--batch", batch) for batch in (1, 2, 3, 8)]
+    assert all(result.code == 0 for result in results)
+    assert len({result.out for result in results}) == 1
+
+
+@pytest.fixture
+def hed(tmp_path):
+    """Weights of the VGG-HED distance that are random."""
+    from vitok.evaluate.perceptual import BLOCKS
+
+    state = {}
+    for block, (inputs, outputs, count) in enumerate(BLOCKS, 1):
+        for i in range(count):
+            fan = inputs if i == 0 else outputs
+            state[f"conv{block}_{i + 1}.weight"] = torch.randn(outputs, fan, 3, 3) * (2 / (9 * fan)) ** 0.5
+            state[f"conv{block}_{i + 1}.bias"] = torch.zeros(outputs)
+    save_file(state, tmp_path / "hed.safetensors")
+    return tmp_path / "hed.safetensors"
+
+
+def test_eval_beside_jpeg_at_equal_bytes(vitok, models, photos):
+    options = ("eval", photos, "--size", 64, "--model", models.pictures, "--jpeg")
+    facts = json.loads(vitok(*options, "--json").out)
+    name = str(models.pictures)
+    assert list(facts["means"]) == [name, f"{name} 8-bit", "JPEG"]
+    assert facts["bytes_8_bit"] == 32 * 16 + 2 * 32  # channels by tokens, and a scale a channel
+    near = facts["means"][name]["psnr"] - facts["means"][f"{name} 8-bit"]["psnr"]
+    assert abs(near) < 0.2
+    for score in facts["scores"]:
+        assert set(score["JPEG"]) == {"psnr", "ssim", "bytes"} and score["JPEG"]["psnr"] > 10
+    mean = sum(score["JPEG"]["bytes"] for score in facts["scores"]) / 3
+    assert facts["means"]["JPEG"]["bytes"] == pytest.approx(mean)
+    result = vitok(*options)
+    assert result.code == 0 and "JPEG bytes" in result.out and "dB against JPEG" in result.out
+    over = [score["JPEG"]["bytes"] > facts["bytes_8_bit"] for score in facts["scores"]].count(True)
+    assert (f"for {over} of 3" in result.err) == (over > 0)
+
+
+def test_eval_of_clips(vitok, models, files, tmp_path, hed, small_pca):
+    pytest.importorskip("av")
+    for i, frames in enumerate((9, 11)):
+        files.clip(tmp_path / "clips" / f"clip_{i}.mp4", frames=frames)
+    files.picture(tmp_path / "photos" / "a.png", 48, 64)
+    for model, tokens in ((models.pictures, 4 * 7), (models.clips, 4 * 2)):
+        options = ("eval", tmp_path / "clips", "--frames", 7, "--size", 32, "--model", model)
+        result = vitok(*options, "--jpeg", "--vgg-hed", hed, "--pca", tmp_path / "photos", "--json")
+        assert result.code == 0, result
+        facts = json.loads(result.out)
+        assert facts["clips"] == 2 and facts["frames"] == 7 and "first 7" in facts["protocol"]["frames"]
+        assert list(facts["means"]) == [str(model), "PCA", f"{model} 8-bit", "JPEG"]
+        assert facts["bytes_8_bit"] % 32 == 0 and facts["bytes_8_bit"] > 32 * tokens
+        for means in facts["means"].values():
+            assert {"psnr", "ssim", "vgg-hed"} <= set(means)
+        tables = [vitok(*options, "--batch", batch).out for batch in (1, 14)]
+        assert tables[0] == tables[1] and "mean over" not in tables[0].splitlines()[0] and "over clips" in tables[0]
+    result = vitok("eval", tmp_path / "clips", "--frames", 10, "--size", 32, "--model", models.clips)
+    assert result.code == 2 and "clip_0.mp4 has 9 frames, fewer than the 10" in result.err
+    result = vitok("eval", tmp_path / "photos", "--frames", 4, "--model", models.clips)
+    assert result.code == 2 and "holds no clips" in result.err
+
+
+def test_eval_skips_what_it_cannot_have_and_says_so(vitok, models, photos, monkeypatch):
+    for name in ("lpips", "torch_fidelity", "efficientnet_lite_pytorch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    options = ("eval", photos, "--size", 32, "--model", models.pictures, "--metrics", "all")
+    facts = json.loads(vitok(*options, "--json").out)
+    asked = ["vgg-hed", "lpips", "fid", "is", "fd-efficientnet-lite0", "fvd"]
+    assert list(facts["metrics"]) == ["psnr", "ssim", *asked]
+    assert all(facts["metrics"][name].startswith("skipped: ") for name in asked)
+    assert facts["distributions"] == {} and set(facts["means"][str(models.pictures)]) == {"psnr", "ssim"}
+    result = vitok(*options)
+    assert result.code == 0 and "rFID: skipped: the package torch_fidelity is not installed" in result.out
+    assert "rFVD: skipped: it is a distance of clips" in result.out
+
+
+def test_eval_of_all_pictures_together(vitok, models, photos, monkeypatch):
+    def opened(path, device):
+        x = lambda pictures: (pictures.double().mean((2, 3)), pictures.double().mean((2, 3)))  # noqa: E731
+        return Extractor("a mean", x)
+
+    for name in ("fid", "is", "fd-efficientnet-lite0"):
+        monkeypatch.setitem(EXTRACTORS, name, opened)
+    options = ("eval", photos, "--size", 32, "--model", models.pictures, "--metrics", "fid, is", "--jpeg")
+    facts = json.loads(vitok(*options, "--json").out)
+    found = facts["distributions"]
+    assert 0 < found["JPEG"]["fid"] < found[str(models.pictures)]["fid"] and "is" not in found["JPEG"]
+    assert facts["metrics"]["fid"] == "a mean" and "10 splits" in facts["metrics"]["is"]
+    result = vitok(*options)
+    assert "all 3 pictures together" in result.out and "rFID" in result.out and "rIS: skipped: " in result.out
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--metrics", "fidd"), "there is no metric 'fidd'; there are .*fd-efficientnet-lite0"),
+        (("--vgg-hed", "nowhere"), "there is no .*nowhere"),
+        (("--fvd-weights", "nowhere", "--frames", "4"), "nowhere does not exist"),
+        (("--batch", "0"), "--batch"),
+        (("--frames", "0"), "--frames"),
+    ],
+)
+def test_eval_refuses_metrics(vitok, models, photos, options, words):
+    result = vitok("eval", photos, "--model", models.pictures, *options)
+    assert result.code == 2 and result.out == "" and re.search(words, result.err.splitlines()[-1]), result
+
+
+def test_eval_of_clips_beside_pca_needs_channels_for_every_frame(vitok, files, tmp_path):
+    pytest.importorskip("av")
+    package.create_model("Tiw64d1h1-Tiw64d1h1/4x16", channels=30).save(tmp_path / "thirty")
+    files.clip(tmp_path / "clips" / "a.mp4", frames=4)
+    options = ("--frames", 4, "--size", 32, "--model", tmp_path / "thirty", "--pca", tmp_path)
+    result = vitok("eval", tmp_path / "clips", *options)
+    assert result.code == 2 and result.out == ""
+    assert "4 frames the same share of the 30 channels" in result.err.splitlines()[-1]

@@ -72,3 +72,17 @@ def test_to_uint8_undoes_the_normalisation_and_clamps():
     assert torch.equal(to_uint8(levels.float() * (2 / 255) - 1), levels)
     assert to_uint8(torch.tensor([-1.7, -1, 0.999, 1, 9])).tolist() == [0, 0, 255, 255, 255]
     assert to_uint8(torch.tensor([0.5], dtype=torch.bfloat16)).tolist() == [191]
+
+
+@pytest.mark.parametrize("noise", [3, 40])
+def test_ssim_against_scikit_image(noise):
+    metrics = pytest.importorskip("skimage.metrics")
+    rng = np.random.default_rng(noise)
+    a = rng.integers(0, 256, (40, 33, 3)).astype(np.uint8)
+    b = (a + rng.normal(0, noise, a.shape)).clip(0, 255).astype(np.uint8)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    expected = metrics.structural_similarity(a, b, channel_axis=-1, **options)
+    assert ssim(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(expected, abs=1e-9)
+    assert psnr(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(
+        metrics.peak_signal_noise_ratio(a, b, data_range=255), abs=1e-9
+    )
