@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitok.cli.common import SIZE, finish, finite, model_options, open_model, show_table
 from vitok.cli.progress import Display
-from vitok.data.images import ImageCrops
+from vitok.data.batches import Batches
 from vitok.errors import InputError
 from vitok.evaluate.pca import PCA_CROPS, fit_pca
 from vitok.evaluate.reconstruction import Score, score_folder
@@ -89,12 +89,12 @@ def _crops(folder: Path, groups: str, display: Display) -> Iterator[Tensor]:
         re.compile(groups)
     except re.error as error:
         raise InputError(f"--groups {groups!r} is no regular expression: {error}") from error
-    data = ImageCrops(folder, batch=BATCH, crop=256, short_side=(256, 512), seed=0, groups=groups)
+    data = Batches(folder, batch=BATCH, crop=256, short_side=(256, 512), seed=0, groups=groups)
     for problem in data.skipped:
         display.say(f"skipped: {problem}")
     with display.track(PCA_CROPS, "crops") as advance:
         for i in range(PCA_CROPS // BATCH):
-            yield data[i][:, None]
+            yield data[i].clips
             advance(BATCH, f"fitting {PCA}")
 
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from vitok import InputError
-from vitok.data.images import ImageCrops
+from vitok.data.batches import Batches
 
 
-def crops(folder: Path, **options: object) -> ImageCrops:
-    return ImageCrops(folder, **({"batch": 4, "crop": 16, "short_side": (16, 32), "seed": 0} | options))
+def crops(folder: Path, **options: object) -> Batches:
+    return Batches(folder, **({"batch": 4, "crop": 16, "short_side": (16, 32), "seed": 0} | options))
 
 
 def plain(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (20, 20)) -> None:
