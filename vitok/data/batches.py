@@ -161,8 +161,11 @@ class Batches(Dataset[Batch]):
     @property
     def contents(self) -> str:
         """Such as "140 pictures and 4 films"."""
-        counts = ((sum(len(self.sources[i].names) for i in numbers), kind) for kind, numbers in self._kinds.items())
-        return " and ".join(f"{count} {'films' if kind == 'clips' else kind}" for count, kind in counts)
+        told = []
+        for kind, numbers in self._kinds.items():
+            count, thing = sum(len(self.sources[i].names) for i in numbers), "film" if kind == "clips" else "picture"
+            told.append(f"{count} {thing}{'s' * (count != 1)}")
+        return " and ".join(told)
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng((self.seed, step))
