@@ -94,6 +94,15 @@ def test_damaged_films_are_replaced(tmp_path, film):
     assert set(batch.names) == {"good.mp4"} and len(batch.skipped) == 3
 
 
+def test_a_film_that_is_shorter_than_it_was(tmp_path, film, one_sentence):
+    source = open_source(film(tmp_path / "film.mp4", 8), 4)
+    frames = source.pick(0, 0.99)
+    film(tmp_path / "film.mp4", 5)
+    with pytest.raises(InputError) as error:
+        list(source.read(0, frames))
+    one_sentence(error.value, "film.mp4 has changed since it was opened")
+
+
 def test_without_pyav(tmp_path, film, one_sentence, monkeypatch):
     film(tmp_path / "film.mp4", 4)
     monkeypatch.setitem(sys.modules, "av", None)

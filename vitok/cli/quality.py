@@ -90,11 +90,15 @@ def _crops(folder: Path, groups: str, display: Display) -> Iterator[Tensor]:
     except re.error as error:
         raise InputError(f"--groups {groups!r} is no regular expression: {error}") from error
     data = Batches(folder, batch=BATCH, crop=256, short_side=(256, 512), seed=0, groups=groups)
-    for problem in data.skipped:
-        display.say(f"skipped: {problem}")
+    told: set[str] = set()
     with display.track(PCA_CROPS, "crops") as advance:
         for i in range(PCA_CROPS // BATCH):
-            yield data[i].clips
+            batch = data[i]
+            for problem in dict.fromkeys((*data.skipped, *batch.skipped)):
+                if problem not in told:
+                    display.say(f"skipped: {problem}")
+                    told.add(problem)
+            yield batch.clips
             advance(BATCH, f"fitting {PCA}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,10 +60,12 @@ class Clips:
             yield from self._next(reader, len(frames))
 
     def _next(self, reader: ClipReader, count: int) -> Iterator[Tensor]:
-        clip = next(reader.chunks(count), None)
-        if clip is None or len(clip) < count:
+        came = 0
+        for chunk in islice(reader.chunks(1), count):
+            came += 1
+            yield chunk[0]
+        if came < count:
             raise InputError(f"{reader.path} has changed since it was opened")
-        yield from clip
 
     def _film(self, index: int) -> Film:
         if index not in self._films:

@@ -48,7 +48,8 @@ def open_source(path: str | os.PathLike[str], frames: int) -> Source:
         if not paths:
             raise InputError(f"data {path}: no file matches")
     shards = [shard for each in paths for shard in _shards(each)]
-    entries = find_inputs([each for each in paths if each not in shards], kinds=("image", "clip"))
+    others = [each for each in paths if each.is_dir() or not _shards(each)]
+    entries = find_inputs(others, kinds=("image", "clip"))
     root = paths[0] if len(paths) == 1 and paths[0].is_dir() else paths[0].parent
     of_kind = {kind: [entry.path for entry in entries if entry.kind == kind] for kind in ("image", "clip")}
     found = [
