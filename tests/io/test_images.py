@@ -12,6 +12,7 @@ from PIL import Image
 
 from vitok.errors import InputError
 from vitok.io import read_image, resize_and_crop, write_image
+from vitok.io.images import decode_image
 
 
 def noise(height, width, channels=3, seed=0):
@@ -191,6 +192,18 @@ def test_decompression_bomb(tmp_path, side):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         refused(path, "limit of 100 megapixels")
+
+
+def test_content_decodes_as_its_file(tmp_path):
+    Image.fromarray(noise(20, 30)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    assert torch.equal(decode_image(data, "shard/a.png").pixels, read_image(tmp_path / "a.png").pixels)
+    for content, limit, words in (
+        (data[:200], 10**6, "damaged or truncated"), (b"words", 10**6, "not a picture"), (data, 599, "30 x 20 pixels"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"shard/a.png .*{words}") as error:
+            decode_image(content, "shard/a.png", limit)
+        assert "BytesIO" not in str(error.value)
 
 
 def test_limit_can_be_set(tmp_path):

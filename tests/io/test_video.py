@@ -253,6 +253,36 @@ def test_writer_refuses(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
+def test_frames_are_found_by_their_timestamps(tmp_path, suffix):
+    path = encode(tmp_path / f"a.{suffix}", moving(40))  # a key frame every 12
+    everything, timestamps = read(path), []
+    with ClipReader(path) as reader:
+        for _ in reader.chunks(1):
+            timestamps.append(reader.timestamp)
+    assert timestamps == sorted(set(timestamps)) and len(timestamps) == 40
+    for number in (39, 0, 13, 12, 11):
+        with ClipReader(path) as reader:
+            assert reader.seek(timestamps[number])
+            assert torch.equal(next(reader.chunks(2)), everything[number : number + 2])
+            assert reader.seek(timestamps[5]), "and back"
+            assert torch.equal(next(reader.chunks(3)), everything[5:8])
+    with ClipReader(path) as reader:
+        assert not reader.seek(timestamps[-1] + 10**6) and not reader.seek(timestamps[3] + 1)
+
+
+def test_skipped_frames_are_left_out(tmp_path):
+    path = write(tmp_path / "a.mp4", moving(9))
+    everything = read(path)
+    with ClipReader(path) as reader:
+        reader.skip(2)
+        first = next(reader.chunks(3))
+        reader.skip(1)
+        assert torch.equal(torch.cat([first, *reader.chunks(9)]), everything[[2, 3, 4, 6, 7, 8]])
+        reader.skip(5)
+        assert list(reader.chunks(1)) == []
+
+
 def test_without_pyav(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mp4", moving(1))
     real = builtins.__import__

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vitok import InputError, ViTokConfig
+from vitok.data.batches import DataSource
 from vitok.train.config import TrainConfig
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "train"
@@ -51,6 +52,16 @@ def test_the_papers_settings():
     assert second.init == str(Path(first.out) / "model")
 
 
+def test_a_mixture(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "data:\n- {path: pictures, groups: ^a}\n- {path: films, weight: 2}\nout: run\ncrop_scale: [0.8, 1]\nframes: 8\n"
+    )
+    config = TrainConfig.load(tmp_path / "run.yaml")
+    assert config.data == (DataSource("pictures", 1.0, "^a"), DataSource("films", 2.0))
+    assert config.crop_scale == (0.8, 1.0) and config.frames == 8
+    assert TrainConfig.from_dict(dataclasses.asdict(config)) == config
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -91,6 +102,20 @@ def test_the_papers_settings():
         ({"short_side": [25, 30.5]}, "'short_side' must be tuple[int, int], got [25, 30.5]"),
         ({"short_side": [30, 25]}, "'short_side' must be (smallest, largest), got (30, 25)"),
         ({"groups": "("}, "'groups' must be a regular expression"),
+        ({"frames": 0}, "'frames' must lie between"),
+        ({"crop_scale": [0.8]}, "'crop_scale' must be tuple[float, float] | None, got [0.8]"),
+        ({"crop_scale": [0, 1]}, "'crop_scale' must lie between"),
+        ({"crop_scale": [1, 0.8]}, "'crop_scale' must be (smallest, largest)"),
+        ({"data": 5}, "'data' must be a path or a list of {path, weight, groups}, got 5"),
+        ({"data": []}, "'data' must be a path or a list"),
+        ({"data": ["pictures"]}, "'data[0]' must be a mapping with a path, got 'pictures'"),
+        ({"data": [{"path": "a"}, {"weight": 2}]}, "'data[1]' must be a mapping with a path"),
+        ({"data": [{"path": 3}]}, "'data[0].path' must be str, got 3"),
+        ({"data": [{"path": "a", "weigth": 3}]}, "'data[0]' must hold path, weight, groups alone, got weigth"),
+        ({"data": [{"path": "a", "weight": "much"}]}, "'data[0].weight' must be float, got 'much'"),
+        ({"data": [{"path": "a", "weight": 0}]}, "'data[0].weight' must be a positive number"),
+        ({"data": [{"path": "a", "weight": float("nan")}]}, "'data[0].weight' must be a positive number"),
+        ({"data": [{"path": "a", "groups": "("}]}, "'data[0].groups' must be a regular expression"),
         ({"pixel_loss": "l3"}, "'pixel_loss' must be one of l2, l1, charbonnier, log_l2, got 'l3'"),
         ({"precision": "fp16"}, "'precision' must be one of auto, bf16, fp32"),
         ({"model": 16}, "'model' must be str, got 16"),

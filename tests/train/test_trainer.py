@@ -83,8 +83,9 @@ def test_metrics_are_what_they_say(config):
     assert metrics["loss"] == pytest.approx(metrics["pixel"] + 0.5 * metrics["kl"], rel=1e-5)
     assert metrics["lr"] == 0.5e-3 and metrics["grad_norm"] > 0
     with torch.no_grad():
-        target = run.data[1].float().movedim(-1, 1) * (2 / 255) - 1
-        reconstruction, posterior = run.model(run.data[1], seed=1, layout="channels_last")
+        pixels = run.data[1].pixels
+        target = pixels.float().movedim(-1, 1) * (2 / 255) - 1
+        reconstruction, posterior = run.model(pixels, seed=1, layout="channels_last")
         mse = (reconstruction - target).square()
         expected = 10 * torch.log10(4 / (reconstruction.clamp(-1, 1) - target).square().mean((1, 2, 3))).mean()
     metrics = run.train_step(run.data[1], 1)
@@ -203,8 +204,8 @@ def test_init_pca_equals_pca(config, monkeypatch):
     settings = config(init="pca", overrides=SIZES | {"final_norm": False, "pixel_bias": "element"})
     run = Trainer(settings)
     count = 256**2 // (4 * 16**2) + 1
-    pca = fit_pca((run.data[2**32 + i][:, None] for i in range(count)), (1, 8), 48)
-    picture = run.data[0]
+    pca = fit_pca((run.data[2**32 + i].clips for i in range(count)), (1, 8), 48)
+    picture = run.data[0].pixels
     for model in (run.model, run.average):
         model.eval()
         reconstruction = model.decode(model.encode(picture, layout="channels_last").mode(), size=(16, 16))
@@ -252,12 +253,47 @@ def test_damaged_state(config, one_sentence):
     one_sentence(error.value, "cannot resume", str(state))
 
 
-def test_corrupt_picture_is_skipped_and_listed(config, pictures):
+def test_a_corrupt_picture_is_counted_and_told_once(config, pictures):
     (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
-    run = Trainer(config(steps=1))
-    assert len(run.data) == 3 and len(run.data.skipped) == 1 and "broken.jpg" in run.data.skipped[0]
+    run, counts = Trainer(config(workers=1)), []
+    run.run(lambda step, metrics: counts.append(metrics["skipped"]))
+    assert run.step == 6 and counts[-1] == 1 and counts == sorted(counts)
+    assert len(run.skipped) == 1 and "broken.jpg" in next(iter(run.skipped))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_readable(config, pictures, one_sentence, workers):
+    for path in pictures.iterdir():
+        path.write_text("no picture")
+    with pytest.raises(InputError) as error:
+        Trainer(config(workers=workers)).run()
+    one_sentence(error.value, "1000 samples drawn in a row cannot be read", ".png")
+
+
+def test_waiting_for_data_is_told(config, monkeypatch):
+    waits = []
+    Trainer(config()).run(lambda step, metrics: waits.append(metrics["data_wait"]))
+    assert all(0 < wait < 100 for wait in waits)
+    clock = itertools.count(step=3)  # a batch takes as long as a step
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: next(clock))
+    waits.clear()
+    Trainer(config("again")).run(lambda step, metrics: waits.append(metrics["data_wait"]))
+    assert waits == pytest.approx([50] * 6)
+
+
+def test_pictures_and_clips_in_turn(config, pictures, tmp_path):
+    video = pytest.importorskip("vitok.io.video")
+    pytest.importorskip("av")
+    with video.ClipWriter(tmp_path / "films" / "film.mp4", 25) as writer:
+        writer.write(torch.randint(0, 255, (1, 24, 32, 3), dtype=torch.uint8).expand(6, -1, -1, -1))
+    data = [{"path": str(pictures)}, {"path": str(tmp_path / "films"), "weight": 2}]
+    settings = config(data=data, model="S-S/4x8", frames=4, steps=4)
+    run = Trainer(settings)
+    assert {run.data[step].pixels.dim() for step in range(4)} == {4, 5}
     run.run()
-    assert run.step == 1
+    assert run.step == 4
+    with pytest.raises(InputError, match="another configuration"):
+        Trainer(config(data=[data[0], data[1] | {"weight": 1}], model="S-S/4x8", frames=4, steps=4))
 
 
 def test_unusable_folders_and_models(config, tmp_path, one_sentence):
@@ -284,10 +320,10 @@ def test_a_gradient_that_is_not_finite_ends_the_run_without_touching_the_weights
     with pytest.raises(InputError) as error:
         run.train_step(batch, 4)
     saved = run.out / "failed.safetensors"
-    one_sentence(error.value, "not finite at step 4", str(saved))
+    one_sentence(error.value, "not finite at step 4", "picture_", str(saved))
     assert torch.equal(run.model.decoder.unembed.weight, before)
     state = load_file(saved)
-    assert torch.equal(state["batch"], batch) and state["model.encoder.embed.weight"][0, 0] == float("inf")
+    assert torch.equal(state["batch"], batch.pixels) and state["model.encoder.embed.weight"][0, 0] == float("inf")
 
 
 def test_a_discriminator_that_is_not_finite_ends_the_run_before_anything_moves(second_stage, one_sentence):
@@ -322,9 +358,9 @@ def test_the_second_stage_trains_the_decoder_alone(second_stage, precision):
 def test_the_loss_is_the_weighted_sum_of_its_parts(second_stage, vgg_hed, stage):
     run = Trainer(second_stage(stage=stage, beta=0.5, eta=2.0, adversarial_weight=3.0))
     batch = run.data[0]
-    target = batch.float().movedim(-1, 1) / 127.5 - 1
+    target = batch.pixels.float().movedim(-1, 1) / 127.5 - 1
     with torch.no_grad():
-        fakes, _ = run.model(batch, seed=0, layout="channels_last")
+        fakes, _ = run.model(batch.pixels, seed=0, layout="channels_last")
         distance = VGGHED(vgg_hed)(fakes, target).mean().item()
         metrics = {}
         if stage == 2:

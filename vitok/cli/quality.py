@@ -19,7 +19,7 @@ from torch import Tensor
 import vitok
 from vitok.cli.common import SIZE, finish, finite, model_options, open_model, show_table
 from vitok.cli.progress import Display
-from vitok.data.images import ImageCrops
+from vitok.data.batches import Batches
 from vitok.errors import InputError
 from vitok.evaluate.features import DISTANCES, EXTRACTORS, Comparison, Distance, Extractor, Unavailable
 from vitok.evaluate.jpeg import jpeg_within
@@ -268,12 +268,16 @@ def _crops(folder: Path, groups: str, display: Display) -> Iterator[Tensor]:
         re.compile(groups)
     except re.error as error:
         raise InputError(f"--groups {groups!r} is no regular expression: {error}") from error
-    data = ImageCrops(folder, batch=BATCH, crop=256, short_side=(256, 512), seed=0, groups=groups)
-    for problem in data.skipped:
-        display.say(f"skipped: {problem}")
+    data = Batches(folder, batch=BATCH, crop=256, short_side=(256, 512), seed=0, groups=groups)
+    told: set[str] = set()
     with display.track(PCA_CROPS, "crops") as advance:
         for i in range(PCA_CROPS // BATCH):
-            yield data[i][:, None]
+            batch = data[i]
+            for problem in dict.fromkeys((*data.skipped, *batch.skipped)):
+                if problem not in told:
+                    display.say(f"skipped: {problem}")
+                    told.add(problem)
+            yield batch.clips
             advance(BATCH, f"fitting {PCA}")
 
 

@@ -25,11 +25,23 @@ def train(config: Path, assignments: tuple[str, ...], device: str | None) -> Non
     settings = TrainConfig.load(config, assignments)
     trainer = Trainer(settings, open_device(device))
     with Display() as display, display.track(settings.steps - trainer.step, "steps") as advance:
-        for problem in trainer.data.skipped:
-            display.say(f"skipped: {problem}")
-        about = f"{trainer.parameters / 1e6:.2f} M parameters, {len(trainer.data)} pictures"
+        told = 0
+
+        def tell_skipped() -> None:
+            nonlocal told
+            for problem in list(trainer.skipped)[told:]:
+                display.say(f"skipped: {problem}")
+            told = len(trainer.skipped)
+
+        def on_step(step: int, m: dict[str, float]) -> None:
+            tell_skipped()
+            label = f"loss {m['loss']:.5f} kl {m['kl']:.3f} psnr {m['psnr']:.2f} dB wait {m['data_wait']:.0f}%"
+            advance(1, f"{label} skipped {m['skipped']}" if told else label)
+
+        tell_skipped()
+        about = f"{trainer.parameters / 1e6:.2f} M parameters, {trainer.data.contents}"
         display.say(f"{about}, step {trainer.step} of {settings.steps}")
-        trainer.run(lambda step, m: advance(1, f"loss {m['loss']:.5f} kl {m['kl']:.3f} psnr {m['psnr']:.2f} dB"))
+        trainer.run(on_step)
     click.echo(f"step {trainer.step} of {settings.steps}; averaged model in {trainer.out / MODEL}")
     if trainer.step < settings.steps:
         click.echo("stopped early; the same command goes on from here", err=True)

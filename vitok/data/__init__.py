@@ -1,1 +1,1 @@
-"""Datasets for training and evaluation."""
+"""Sources of pictures and clips with random access, and the training batches drawn from them."""

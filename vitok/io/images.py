@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,17 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Re
     check reads the header only, before anything is decoded.
     """
     path = check_readable(path, "a picture")
+    return _read(path, path, max_pixels)
+
+
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> ReadImage:
+    """As `read_image`, of a file's content; `name` stands for it in messages."""
+    return _read(BytesIO(data), name, max_pixels)
+
+
+def _read(file: Path | BytesIO, path: Path | str, max_pixels: int) -> ReadImage:
     try:
-        with _open(path, max_pixels) as image:
+        with _open(file, path, max_pixels) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise InputError(
@@ -77,20 +87,20 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Re
         raise InputError(f"{path} is damaged or truncated: {_reason(error)}") from error
 
 
-def _open(path: Path, max_pixels: int) -> Image.Image:
+def _open(file: Path | BytesIO, path: Path | str, max_pixels: int) -> Image.Image:
     Image.init()
     formats = [name for name in READ_FORMATS if name in Image.OPEN]
     with warnings.catch_warnings():
         # Pillow warns from 89 megapixels on; the limit here is max_pixels, and it is an error.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            return Image.open(path, formats=formats)
+            return Image.open(file, formats=formats)
         except Image.DecompressionBombError:
             limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
             raise InputError(f"{path} has more pixels than the limit of {_megapixels(limit)}") from None
 
 
-def _to_rgb(image: Image.Image, path: Path) -> ReadImage:
+def _to_rgb(image: Image.Image, path: Path | str) -> ReadImage:
     notes = []
     if image.mode == "F":
         raise InputError(f"{path} holds floating-point pixels, which have no agreed range; save it with 8 or 16 bits")
@@ -117,7 +127,7 @@ def _to_rgb(image: Image.Image, path: Path) -> ReadImage:
     return ReadImage(torch.from_numpy(np.array(upright)), ", ".join(notes))
 
 
-def _from_16_bit(image: Image.Image, path: Path) -> Image.Image:
+def _from_16_bit(image: Image.Image, path: Path | str) -> Image.Image:
     # Pillow's own conversion of these modes clips at 255 instead of scaling.
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:

@@ -22,7 +22,8 @@ _BT601 = 5
 _YUV_MATRICES = (1, 4, 5, 6, 7, 9)  # BT.709, FCC, BT.601 twice, SMPTE 240M, BT.2020: the ones that FFmpeg converts
 
 
-def _pyav() -> ModuleType:
+def require_pyav() -> ModuleType:
+    """PyAV's module `av`, or InputError that says how to install it."""
     try:
         import av
     except ImportError:
@@ -36,6 +37,7 @@ class ClipReader(AbstractContextManager["ClipReader"]):
     fps      frames a second (average; 25 if the file does not say)
     height, width   of the frames as they are given out, a rotation by quarter turns in the file already applied
     frames   the count that the file declares, or None; an edit list can make it differ from the frames that come
+    timestamp   of the last frame read, in the file's own unit, or None where the file has none
 
     Pixels are given as stored: the sample aspect ratio and mirroring flags are ignored. Memory holds one chunk and the
     decoder's few frames, whatever the length.
@@ -48,7 +50,7 @@ class ClipReader(AbstractContextManager["ClipReader"]):
     def __init__(self, path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> None:
         self.path = check_readable(path, "a clip")
         self._max_pixels = max_pixels
-        self._av = _pyav()
+        self._av = require_pyav()
         if _declared_length(self.path) > self.path.stat().st_size:
             raise InputError(f"{self.path} is truncated: it is shorter than it says itself")
         with ExitStack() as stack:
@@ -77,7 +79,9 @@ class ClipReader(AbstractContextManager["ClipReader"]):
         stream.thread_type = "AUTO"
         self.fps = Fraction(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
         self.frames: int | None = stream.frames or None
-        self._decoded = self._decode(container, stream)
+        self.timestamp: int | None = None
+        self._container, self._stream = container, stream
+        self._decoded = self._decode()
         first = next(self._decoded, None)
         if first is None:
             raise InputError(f"{self.path} has no video frame that can be decoded")
@@ -93,9 +97,9 @@ class ClipReader(AbstractContextManager["ClipReader"]):
             limit = f"{self._max_pixels / 1e6:g} megapixels"
             raise InputError(f"{self.path} has frames of {width} x {height} pixels, more than the limit of {limit}")
 
-    def _decode(self, container: Any, stream: Any) -> Iterator[Any]:
+    def _decode(self) -> Iterator[Any]:
         begun = False
-        for packet in container.demux(stream):
+        for packet in self._container.demux(self._stream):
             try:
                 decoded = packet.decode()
             except self._av.error.InvalidDataError:
@@ -133,9 +137,37 @@ class ClipReader(AbstractContextManager["ClipReader"]):
         if buffer is not None:
             yield buffer[:filled]
 
+    def skip(self, frames: int) -> None:
+        """Leave out the next frames, which are decoded (others follow from them) but not converted."""
+        try:
+            for _ in range(frames):
+                self._next()
+        except self._av.error.FFmpegError as error:
+            raise InputError(f"{self.path} is damaged or truncated: {_reason(error)}") from error
+
+    def seek(self, timestamp: int) -> bool:
+        """Go to the frame of this timestamp by way of the key frame before it.
+
+        False if that does not lead there (not every format can); the reader then stands anywhere.
+        """
+        try:
+            self._container.seek(timestamp, stream=self._stream)
+            self._decoded = self._decode()
+            for frame in self._decoded:
+                if frame.pts is None or frame.pts >= timestamp:
+                    self._pending = frame
+                    return bool(frame.pts == timestamp)
+        except self._av.error.FFmpegError:
+            pass
+        return False
+
     def _next(self) -> Any:
         frame, self._pending = self._pending, None
-        return frame if frame is not None else next(self._decoded, None)
+        if frame is None:
+            frame = next(self._decoded, None)
+        if frame is not None:
+            self.timestamp = frame.pts
+        return frame
 
     def _pixels(self, frame: Any) -> torch.Tensor:
         if (frame.width, frame.height) != self._frame_size:
@@ -175,7 +207,7 @@ class ClipWriter(AbstractContextManager["ClipWriter"]):
             raise InputError(f"fps must be a positive number, not {fps}")
         # Small denominators (1001 for the broadcast rates), because MPEG-4 has 16 bits for them.
         self._fps = max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))
-        self._av = _pyav()
+        self._av = require_pyav()
         self._size: tuple[int, int] | None = None
         self._stream: Any = None
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vitok.config import ViTokConfig, _suggest
+from vitok.data.batches import DataSource
 from vitok.errors import InputError
 
 # The others have a field of their own here.
@@ -20,6 +22,7 @@ LIMITS: tuple[tuple[str, float, float], ...] = (
     ("ema", 0, 1), ("stage", 1, 2), ("eta", 0, 1e9), ("adversarial_weight", 0, 1e9),
     ("discriminator_learning_rate", 0, 1e3), ("discriminator_warmup", 0, 2**32), ("discriminator_width", 4, 2**16),
     ("lecam_weight", 0, 1e9),
+    ("frames", 1, 2**16), ("crop_scale", 1e-6, 1),
 )  # fmt: skip
 
 
@@ -31,8 +34,9 @@ class TrainConfig:
     losses + adversarial_weight times what a discriminator, which is trained beside it, has against its pictures.
     """
 
-    data: str
-    """Folder of pictures, searched recursively."""
+    data: str | tuple[DataSource, ...]
+    """What to train on: a folder, searched recursively, of pictures, of videos, or of tar shards as webdataset writes
+    them; one file; or a pattern such as shards/train-*.tar. Or a list of {path, weight, groups}, drawn by weight."""
     out: str
     """Directory of the run: `model/` (the averaged weights), `state.safetensors` (to resume from), `log.csv`."""
     stage: int = 1
@@ -50,13 +54,19 @@ class TrainConfig:
     steps: int = 100_000
     """Optimizer steps."""
     batch: int = 32
-    """Pictures a step."""
+    """Pictures, or clips, a step."""
+    frames: int = 16
+    """Length of the clips drawn from videos; they never cross a cut."""
     crop: int = 128
     """Side of the square crops, pixels."""
     short_side: tuple[int, int] = (256, 512)
     """A picture's short side is scaled to between these before cropping, log-uniformly, pixels."""
+    crop_scale: tuple[float, float] | None = None
+    """In place of `short_side`: a crop covers a share of the picture between these, at a ratio of sides between 3/4 and
+    4/3. [0.8, 1] is the paper's."""
     groups: str = ""
-    """Regular expression on file names; pictures with the same match form a group, and groups are drawn evenly."""
+    """Regular expression on file names; samples with the same match form a group, and groups are drawn evenly. Of a
+    list in `data`, for the entries that have none of their own."""
     pixel_loss: str = "l2"
     """"l2" (mean squared error), "l1", "charbonnier", or "log_l2" (the mean over pictures of log MSE: PSNR, up to a
     factor)."""
@@ -110,16 +120,14 @@ class TrainConfig:
                 )
         for name, low, high in LIMITS:
             value = getattr(self, name)
-            if not all(low <= number <= high for number in (value if isinstance(value, tuple) else (value,))):
+            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+            if not all(low <= number <= high for number in numbers):
                 raise InputError(f"training field {name!r} must lie between {low:g} and {high:g}, got {value}")
-        if self.short_side[0] > self.short_side[1]:
-            raise InputError(f"training field 'short_side' must be (smallest, largest), got {self.short_side}")
-        try:
-            re.compile(self.groups)
-        except re.error as error:
-            raise InputError(
-                f"training field 'groups' must be a regular expression, got {self.groups!r}: {error}"
-            ) from error
+        for name in ("short_side", "crop_scale"):
+            value = getattr(self, name)
+            if value is not None and value[0] > value[1]:
+                raise InputError(f"training field {name!r} must be (smallest, largest), got {value}")
+        _check_groups("groups", self.groups)
         for name in self.overrides:
             if name not in OVERRIDES:
                 raise InputError(
@@ -169,11 +177,46 @@ class TrainConfig:
                 raise InputError(f"unknown training field {name!r}{_suggest(str(name), fields)}")
         if missing := {"data", "out"} - values.keys():
             raise InputError(f"the training config lacks {', '.join(sorted(missing))}")
+        values = {**values, "data": _as_data(values["data"])}
         return cls(**{name: _as_type(name, str(fields[name].type), value) for name, value in values.items()})
+
+
+def _check_groups(name: str, groups: str) -> None:
+    try:
+        re.compile(groups)
+    except re.error as error:
+        raise InputError(f"training field {name!r} must be a regular expression, got {groups!r}: {error}") from error
+
+
+def _as_data(value: Any) -> str | tuple[DataSource, ...]:
+    """The field `data`: a path, or a list of mappings with the fields of `DataSource`."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, (list, tuple)) or not value:
+        raise InputError(f"training field 'data' must be a path or a list of {{path, weight, groups}}, got {value!r}")
+    sources = []
+    for i, entry in enumerate(value):
+        where = f"data[{i}]"
+        if not isinstance(entry, dict) or "path" not in entry:
+            raise InputError(f"training field '{where}' must be a mapping with a path, got {entry!r}")
+        fields = {f.name: str(f.type) for f in dataclasses.fields(DataSource)}
+        if unknown := entry.keys() - fields.keys():
+            raise InputError(
+                f"training field '{where}' must hold {', '.join(fields)} alone, "
+                f"got {', '.join(sorted(map(str, unknown)))}"
+            )
+        source = DataSource(**{key: _as_type(f"{where}.{key}", fields[key], item) for key, item in entry.items()})
+        if not 0 < source.weight < math.inf:
+            raise InputError(f"training field '{where}.weight' must be a positive number, got {source.weight}")
+        _check_groups(f"{where}.groups", source.groups)
+        sources.append(source)
+    return tuple(sources)
 
 
 def _as_type(name: str, kind: str, value: Any) -> Any:
     """`value` as `kind`; YAML reads 1e-3 as text and sequences as lists."""
+    if name == "data" or (value is None and kind.endswith("| None")):
+        return value
     try:
         if kind == "float":
             return float(value)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from vitok import ops
 from vitok.checkpoint import create_model, load
-from vitok.data.images import ImageCrops
+from vitok.data.batches import Batch, Batches
 from vitok.errors import InputError
 from vitok.evaluate.pca import PCA_CROPS, fit_pca
 from vitok.io.files import atomic_path
@@ -39,14 +39,11 @@ class Trainer:
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)
         self.out = Path(config.out)
-        self.data = ImageCrops(
-            config.data,
-            batch=config.batch,
-            crop=config.crop,
-            short_side=config.short_side,
-            seed=config.seed,
-            groups=config.groups,
-        )
+        self.data = Batches(
+            config.data, batch=config.batch, crop=config.crop, short_side=config.short_side, seed=config.seed,
+            groups=config.groups, crop_scale=config.crop_scale, frames=config.frames,
+        )  # fmt: skip
+        self.skipped = dict.fromkeys(self.data.skipped)
         torch.manual_seed(config.seed)
         model = create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides)
         self.model = model.to(self.device)
@@ -81,37 +78,49 @@ class Trainer:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def run(self, on_step: Callable[[int, dict[str, float]], None] | None = None) -> None:
-        """Train to the last step. A first SIGTERM or Ctrl-C saves a checkpoint and returns; the run can go on later."""
+        """Train to the last step. A first SIGTERM or Ctrl-C saves a checkpoint and returns; the run can go on later.
+
+        `on_step` gets the number of steps done and the metrics of `train_step`, with `data_wait`, the percentage of the
+        last ten steps' or so time spent waiting for batches, and `skipped`, the number of files that could not be read
+        so far; the keys of the trainer's `skipped` say which.
+        """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot make the run directory {self.out}: {error.strerror}") from error
         with _stop_requests() as stopped:
-            for step, batch in zip(range(self.step, self.config.steps), self._batches(), strict=False):
+            steps = range(self.step, self.config.steps)
+            batches, waited, worked = self.data.stream(steps, self.config.workers), 0.0, 0.0
+            for step in steps:
+                begun = time.perf_counter()
+                batch = next(batches)
+                ready = time.perf_counter()
                 metrics = self.train_step(batch, step)
+                waited, worked = 0.9 * waited + ready - begun, 0.9 * worked + time.perf_counter() - ready
+                self.skipped.update(dict.fromkeys(batch.skipped))
                 self.step = step + 1
                 last = self.step == self.config.steps or stopped()
                 if on_step:
-                    on_step(self.step, metrics)
+                    data_wait = 100 * waited / (waited + worked)
+                    on_step(self.step, metrics | {"data_wait": data_wait, "skipped": len(self.skipped)})
                 if last or self.step % self.config.save_every == 0:
                     self.save(metrics)
                 if last:
                     break
 
-    def train_step(self, batch: Tensor, step: int) -> dict[str, float]:
-        """One update on uint8 pixels [B, H, W, 3].
+    def train_step(self, batch: Batch, step: int) -> dict[str, float]:
+        """One update on a batch of pictures or clips.
 
         Returns the loss, its parts before they are weighted, in stage 2 the discriminator's loss, PSNR of the batch
         (dB), the gradient's norm and the learning rate.
         """
         config, tubelet = self.config, self.model.config.tubelet
-        batch = batch.to(self.device, non_blocking=True)
-        target = batch.unsqueeze(1)
+        target = batch.clips.to(self.device, non_blocking=True)
         self.model.decoder.train()
         self.model.encoder.train(config.stage == 1)
         with self.autocast:
             with torch.set_grad_enabled(config.stage == 1):
-                posterior = self.model.encode(batch, layout="channels_last")
+                posterior = self.model.encode(target, layout="channels_last")
             patches = self.model.decode_patches(posterior.sample((config.seed << 32) + step))
 
         parts = {"pixel": pixel_loss(patches, target, tubelet, config.pixel_loss), "kl": posterior.kl().float().mean()}
@@ -144,7 +153,7 @@ class Trainer:
         psnr = (10 * torch.log10(4 / mse.clamp(min=1e-10))).mean()
         return metrics | {"psnr": psnr.item(), "grad_norm": norm, "lr": rate}
 
-    def _backward(self, loss: Tensor, optimizer: torch.optim.Optimizer, rate: float, batch: Tensor, step: int) -> float:
+    def _backward(self, loss: Tensor, optimizer: torch.optim.Optimizer, rate: float, batch: Batch, step: int) -> float:
         """Clipped gradients for a step of `optimizer` at `rate`; returns their norm before clipping.
 
         A loss or norm that is not finite ends the run, before anything has moved; what led there is saved.
@@ -156,10 +165,10 @@ class Trainer:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip).item()
         if not math.isfinite(norm + loss.item()):
-            self._write_state(self.out / FAILED, batch=batch)
+            self._write_state(self.out / FAILED, batch=batch.pixels)
             raise InputError(
                 f"the loss ({loss.item():g}) or its gradient ({norm:g}) is not finite at step {step}; lower "
-                f"learning_rate or check the data; {self.out / FAILED} holds the state and the batch it came from"
+                f"learning_rate or check the data: {batch.listed()}; {self.out / FAILED} holds the state and this batch"
             )
         return norm
 
@@ -184,7 +193,7 @@ class Trainer:
         if self.config.init == "pca":
             tubelet, width = self.model.config.tubelet, self.model.config.encoder_width
             fit_on = (
-                self.data[2**32 + i][:, None]
+                self.data[2**32 + i].clips
                 for i in range(PCA_CROPS * 256**2 // (self.config.batch * self.config.crop**2) + 1)
             )
             init_from_pca(self.model, fit_pca(fit_on, tubelet, min(width, self.model.config.tubelet_elements)))
@@ -241,16 +250,11 @@ class Trainer:
     def _identity(self) -> str:
         """What must be equal for a run to go on: everything but how long it is, where it lives and how it is fed."""
         fields = dataclasses.asdict(self.config)
-        for name in ("data", "out", "steps", "workers", "save_every", "perceptual_weights"):
+        if isinstance(data := fields.pop("data"), tuple):
+            fields["mixture"] = [{**part, "path": ""} for part in data]
+        for name in ("out", "steps", "workers", "save_every", "perceptual_weights"):
             del fields[name]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-
-    def _batches(self) -> Iterator[Tensor]:
-        steps = range(self.step, self.config.steps)
-        loader = DataLoader(
-            self.data, batch_size=None, sampler=steps, num_workers=self.config.workers, worker_init_fn=_leave_stopping
-        )
-        return iter(loader)
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
@@ -278,12 +282,6 @@ def _use_bf16(precision: str, device: torch.device) -> bool:
     return (
         device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
     )
-
-
-def _leave_stopping(worker: int) -> None:
-    """Workers live until the trainer ends them: a stop request to the whole process group is the trainer's affair."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
