@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +187,24 @@ def test_errors_leave_the_workers_as_one_sentence(tmp_path, one_sentence, worker
     with pytest.raises(InputError) as error:
         next(batches(tmp_path).stream(range(4), workers))
     one_sentence(error.value, "cannot be read")
+
+
+@pytest.mark.parametrize("failing", ["worker", "caller"])
+def test_a_failure_ends_the_process_though_workers_ignore_being_asked_to(pictures, failing):
+    program = """if True:
+        import sys
+        from vitok.data.batches import Batches
+
+        batches = Batches(sys.argv[1], batch=2, crop=16, short_side=(16, 32), seed=0)
+        if sys.argv[2] == "worker":
+            Batches.__getitem__ = lambda self, step: 1 // 0
+        stream = batches.stream(range(9), 2)
+        next(stream)
+        raise OSError("caller")
+    """
+    command = [sys.executable, "-c", program, str(pictures), failing]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and ("ZeroDivisionError" if failing == "worker" else "caller") in result.stderr
 
 
 def test_memory_is_bounded_and_changes_nothing(pictures, monkeypatch):

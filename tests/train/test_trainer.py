@@ -326,6 +326,19 @@ def test_a_gradient_that_is_not_finite_ends_the_run_without_touching_the_weights
     assert torch.equal(state["batch"], batch.pixels) and state["model.encoder.embed.weight"][0, 0] == float("inf")
 
 
+def test_a_full_disk_does_not_hide_a_loss_that_is_not_finite(config, monkeypatch, one_sentence):
+    def full(*args: object, **more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = Trainer(config())
+    monkeypatch.setattr(trainer_module, "save_file", full)
+    with torch.no_grad():
+        run.model.encoder.embed.weight[0, 0] = float("inf")
+    with pytest.raises(InputError) as error:
+        run.train_step(run.data[0], 4)
+    one_sentence(error.value, "not finite at step 4", "No space left on device")
+
+
 def test_a_discriminator_that_is_not_finite_ends_the_run_before_anything_moves(second_stage, one_sentence):
     run = Trainer(second_stage(adversarial_weight=0.0))
     before = run.model.decoder.unembed.weight.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import re
 import signal
@@ -187,10 +188,18 @@ class Batches(Dataset[Batch]):
             _Answers(self), batch_size=None, sampler=steps, num_workers=workers, collate_fn=_as_it_is,
             worker_init_fn=_leave_stopping,
         )  # fmt: skip
-        for answer in loader:
-            if isinstance(answer, InputError):
-                raise answer
-            yield answer
+        answers = iter(loader)
+        # Workers ignore being asked to end, so they are told to, before the interpreter waits for them at its exit.
+        end = getattr(answers, "_shutdown_workers", lambda: None)
+        atexit.register(end)
+        try:
+            for answer in answers:
+                if isinstance(answer, InputError):
+                    raise answer
+                yield answer
+        finally:
+            end()
+            atexit.unregister(end)
 
     def _draw(self, rng: np.random.Generator, numbers: list[int]) -> Draw:
         source = numbers[_choose(rng, [self._weights[i] for i in numbers])]

@@ -165,11 +165,13 @@ class Trainer:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip).item()
         if not math.isfinite(norm + loss.item()):
-            self._write_state(self.out / FAILED, batch=batch.pixels)
-            raise InputError(
-                f"the loss ({loss.item():g}) or its gradient ({norm:g}) is not finite at step {step}; lower "
-                f"learning_rate or check the data: {batch.listed()}; {self.out / FAILED} holds the state and this batch"
-            )
+            found = f"the loss ({loss.item():g}) or its gradient ({norm:g}) is not finite at step {step}"
+            try:
+                self._write_state(self.out / FAILED, batch=batch.pixels)
+                kept = f"{self.out / FAILED} holds the state and this batch"
+            except InputError as error:
+                kept = str(error)
+            raise InputError(f"{found}; lower learning_rate or check the data: {batch.listed()}; {kept}")
         return norm
 
     @torch.no_grad()
