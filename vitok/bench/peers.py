@@ -23,7 +23,7 @@ from vitok.bench.machine import FACTS
 from vitok.bench.measure import reason
 from vitok.bench.models import SKIPPED, Judge, Workload, compare_with_products, figures, macs
 from vitok.bench.rows import Rows
-from vitok.bench.timing import LONG_SECONDS, compare
+from vitok.bench.timing import compare
 from vitok.errors import InputError
 
 KEY = ("case", "what")
@@ -34,6 +34,7 @@ COLUMNS = (
 ABSENT = f"{SKIPPED}diffusers is not installed (pip install vitok[peers])"
 OURS = ("vitok", "vitok fast bf16", "vitok fast fp32")
 CLOSE = 1.25  # how many times slower than the fastest on a small input a variant may be and still be timed
+LONG_SECONDS = 5.0  # a call of which only the variant that is fastest on a small input is timed
 FAR = 2.0  # how many times slower one convolution may be in a dtype for models of it to be tried
 STACK: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,

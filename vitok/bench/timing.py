@@ -23,8 +23,7 @@ from vitok.ops import linear
 
 SAMPLE_SECONDS = 1e-3
 WARM_UP = 2
-SLOW_SECONDS = 0.5  # a call that takes longer is warm after one
-LONG_SECONDS = 5.0  # beside which warming up is nothing
+SLOW_SECONDS = 0.5  # beside which warming up is nothing
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def _timing(seconds: list[float], host_us: float | None) -> Timing:
 
 
 def _wall_sampler(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], float], list[float]]:
-    """What takes a sample, and the samples that warming up gave: of a call that takes very long, its first."""
+    """What takes a sample, and the samples that warming up gave: of a slow call, its first."""
 
     def seconds(repeats: int) -> float:
         start = time.perf_counter()
@@ -180,7 +179,7 @@ def _wall_sampler(call: Callable[[], object], device: torch.device) -> tuple[Cal
         if once > SLOW_SECONDS:
             break
     repeats = max(1, round(SAMPLE_SECONDS / max(once, 1e-7)))
-    return lambda: seconds(repeats), [once] if once > LONG_SECONDS else []
+    return lambda: seconds(repeats), [once] if once > SLOW_SECONDS else []
 
 
 def _graph_sampler(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
