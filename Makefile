@@ -52,7 +52,7 @@ lint: setup
 	$(BIN)/mypy
 
 # Whole models, ours and other people's; then the tables that follow from the rows. What cannot be measured here says so.
-# Of large batches, pictures and clips only what the tables need: all of it on two cores within a quarter of an hour.
+# Of large batches, pictures and clips only what the tables need: meant for a quarter of an hour on two cores of one's own.
 BATCHES := reference,vitok,vitok fast bf16,vitok fast fp32,vitok fast int8,compile freezing,linear layers alone
 bench: setup $(PEERS)
 	failed=0; \

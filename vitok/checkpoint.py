@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vitok.config import COMMON_NAMES, ViTokConfig, _suggest, listed
+from vitok.config import COMMON_NAMES, ViTokConfig, listed, suggest
 from vitok.errors import InputError
 from vitok.io.files import atomic_path
 from vitok.model import ViTok
@@ -105,7 +105,7 @@ def model_directory(model: str | Path) -> Path:
         names = ", ".join(bundled()) or "none"
         raise InputError(
             f"there are no weights {str(model)!r}: neither bundled (there are: {names}) nor a directory"
-            f"{_suggest(str(model), bundled())}"
+            f"{suggest(str(model), bundled())}"
         )
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():

@@ -147,7 +147,7 @@ class ViTokConfig:
         known = [field.name for field in dataclasses.fields(self)]
         for field in changes:
             if field not in known:
-                raise InputError(f"unknown config field {field!r}{_suggest(field, known)}")
+                raise InputError(f"unknown config field {field!r}{suggest(field, known)}")
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class ViTokConfig:
         if not match or (match[5] and not match[3]):
             raise InputError(
                 f"unknown model {name!r}: a name is <encoder>-<decoder>/[<frames>x]<patch>, such as S-B/16"
-                f"{_suggest(name, COMMON_NAMES)}"
+                f"{suggest(name, COMMON_NAMES)}"
             )
         encoder, decoder = (_parse_stack(text, name, chosen) for text in match.group(1, 2))
         temporal_patch = int(match[3] or 1)
@@ -289,6 +289,6 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
 
 
-def _suggest(word: str, known: Any) -> str:
+def suggest(word: str, known: Any) -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else ""

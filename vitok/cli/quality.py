@@ -23,6 +23,7 @@ from vitok.data.batches import Batches
 from vitok.errors import InputError
 from vitok.evaluate.features import DISTANCES, EXTRACTORS, Comparison, Distance, Extractor, Unavailable
 from vitok.evaluate.jpeg import jpeg_within
+from vitok.evaluate.metrics import from_uint8
 from vitok.evaluate.pca import PCA_CROPS, fit_pca
 from vitok.evaluate.reconstruction import Score, score_folder
 from vitok.model import ViTok
@@ -243,7 +244,7 @@ def _through_jpeg(pixels: Tensor, budgets: list[int], sizes: list[int]) -> Tenso
         frames, lengths = zip(*map(jpeg_within, item, budgets), strict=True)
         decoded.append(torch.stack(frames))
         sizes.append(sum(lengths))
-    return (torch.stack(decoded).view_as(pixels).float() * (2 / 255) - 1).movedim(-1, 1)
+    return from_uint8(torch.stack(decoded).view_as(pixels)).movedim(-1, 1)
 
 
 def _fit(model: ViTok, folder: Path, groups: str, frames: int | None, display: Display) -> Callable[[Tensor], Tensor]:

@@ -13,6 +13,11 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return pixels.detach().float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
 
 
+def from_uint8(pixels: Tensor) -> Tensor:
+    """uint8 0..255 of any shape as float32 in [-1, 1], as a model sees it."""
+    return pixels.float() * (2 / 255) - 1
+
+
 def psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of two uint8 tensors of one shape; infinite when they are equal."""
     _check(a, b)

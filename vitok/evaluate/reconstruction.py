@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitok.errors import InputError
 from vitok.evaluate.features import AT_ONCE, Comparison, Distance
-from vitok.evaluate.metrics import psnr, ssim, to_uint8
+from vitok.evaluate.metrics import from_uint8, psnr, ssim, to_uint8
 from vitok.io import ClipReader
 from vitok.io.files import Entry, find_inputs
 from vitok.io.images import read_image, resize_and_crop
@@ -108,7 +108,7 @@ def _measure(
     """The scores filled in from uint8 [B, T, H, W, 3] of originals and reconstructions."""
     far: dict[str, list[Tensor]] = {name: [] for name in distances}
     for parts in zip(*(x.flatten(0, 1).split(AT_ONCE) for x in (before, after)), strict=True) if distances else ():
-        pair = [part.to(device).movedim(-1, 1).float() * (2 / 255) - 1 for part in parts]
+        pair = [from_uint8(part.to(device).movedim(-1, 1)) for part in parts]
         for name, distance in distances.items():
             far[name].append(distance(*pair).double().cpu())
     means = {name: torch.cat(values).view(after.shape[:2]).mean(1).tolist() for name, values in far.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitok.config import ViTokConfig, _suggest
+from vitok.config import ViTokConfig, suggest
 from vitok.data.batches import DataSource
 from vitok.errors import InputError
 
@@ -132,7 +132,7 @@ class TrainConfig:
             if name not in OVERRIDES:
                 raise InputError(
                     f"training field 'overrides' must hold fields of the model's config, got {name!r}"
-                    f"{_suggest(str(name), OVERRIDES)}"
+                    f"{suggest(str(name), OVERRIDES)}"
                 )
         if self.stage == 2 and self.init in ("random", "pca"):
             raise InputError(
@@ -174,7 +174,7 @@ class TrainConfig:
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for name in values:
             if name not in fields:
-                raise InputError(f"unknown training field {name!r}{_suggest(str(name), fields)}")
+                raise InputError(f"unknown training field {name!r}{suggest(str(name), fields)}")
         if missing := {"data", "out"} - values.keys():
             raise InputError(f"the training config lacks {', '.join(sorted(missing))}")
         values = {**values, "data": _as_data(values["data"])}

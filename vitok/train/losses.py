@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vitok import ops
-from vitok.config import _suggest
+from vitok.config import suggest
 from vitok.errors import InputError
+from vitok.evaluate.metrics import from_uint8
 from vitok.evaluate.perceptual import VGGHED
 
 PLUGINS = "vitok.perceptual_losses"
@@ -54,7 +55,7 @@ def perceptual_loss(name: str, weights: str = "") -> nn.Module | None:
         known = ("none", "vgg_hed", "lpips", *sorted(plugins))
         raise InputError(
             f"training field 'perceptual' must be one of {', '.join(known)} or an entry point of {PLUGINS} in an "
-            f"installed package, got {name!r}{_suggest(name, known)}"
+            f"installed package, got {name!r}{suggest(name, known)}"
         )
     return plugins[name].load()(weights).requires_grad_(False).eval()
 
@@ -84,4 +85,4 @@ def predicted_frames(patches: Tensor, tubelet: tuple[int, int], size: Sequence[i
 
 def target_frames(clips: Tensor) -> Tensor:
     """uint8 clips [B, T, H, W, 3] as float32 pictures [B * T, 3, H, W] in [-1, 1]."""
-    return clips.flatten(0, 1).movedim(-1, 1).float() * (2 / 255) - 1
+    return from_uint8(clips.flatten(0, 1).movedim(-1, 1))
