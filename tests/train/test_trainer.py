@@ -6,58 +6,40 @@ import csv
 import itertools
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import vitok
 from vitok import InputError
 from vitok.evaluate.pca import fit_pca
 from vitok.evaluate.perceptual import VGGHED
+from vitok.train import checkpoints
 from vitok.train import trainer as trainer_module
-from vitok.train.config import TrainConfig
 from vitok.train.trainer import Trainer, learning_rate
 
-SIZES = {
-    "encoder_width": 48,
-    "encoder_heads": 2,
-    "encoder_depth": 1,
-    "decoder_width": 48,
-    "decoder_heads": 2,
-    "decoder_depth": 1,
-}
+LIMIT = 4096  # bytes, less than any checkpoint
 
 
-@pytest.fixture
-def config(pictures, tmp_path):
-    def make(out: str = "run", **fields: object) -> TrainConfig:
-        defaults = {
-            "data": str(pictures), "out": str(tmp_path / out), "model": "S-S/8", "channels": 4, "overrides": SIZES,
-            "steps": 6, "batch": 4, "crop": 16, "short_side": (16, 32), "learning_rate": 1e-3, "warmup": 2, "ema": 0.9,
-            "precision": "fp32", "workers": 0, "save_every": 100,
-        }  # fmt: skip
-        return TrainConfig.from_dict(defaults | fields)
-
-    return make
-
-
-@pytest.fixture
-def second_stage(config, tmp_path, vgg_hed):
-    vitok.create_model("S-S/8", channels=4, **SIZES).save(tmp_path / "first")
-    fields = {
-        "stage": 2, "init": str(tmp_path / "first"), "perceptual": "vgg_hed", "perceptual_weights": str(vgg_hed),
-        "discriminator_width": 8, "discriminator_warmup": 2, "discriminator_learning_rate": 1e-3, "lecam_weight": 0.1,
-    }  # fmt: skip
-    return lambda out="run", **changes: config(out, **(fields | changes))
-
-
-def state_of(config: TrainConfig) -> dict[str, torch.Tensor]:
-    return load_file(Path(config.out) / "state.safetensors")
+@contextmanager
+def disk_full() -> Iterator[None]:
+    """Files may not grow beyond `LIMIT`."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -121,19 +103,21 @@ def test_the_average_follows_the_weights(config):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_going_back_to_an_older_state_rewrites_the_log(config):
+def test_going_back_to_an_older_state_rewrites_the_log(config, tmp_path):
     settings = config(steps=4, save_every=2)
     Trainer(config(steps=2, save_every=2)).run()
-    old = (Path(settings.out) / "state.safetensors").read_bytes()
+    old = checkpoints.newest(Path(settings.out))
+    shutil.copytree(old, tmp_path / "old")
     for _ in range(2):
-        (Path(settings.out) / "state.safetensors").write_bytes(old)
+        shutil.rmtree(checkpoints.newest(Path(settings.out)))
+        shutil.copytree(tmp_path / "old", old)
         Trainer(settings).run()
     rows = list(csv.DictReader((Path(settings.out) / "log.csv").open()))
     assert [int(row["step"]) for row in rows] == [2, 4]
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(config, signal_number):
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(config, signal_number, state_of):
     whole, parts = config("whole"), config("parts")
     Trainer(whole).run()
     handler = signal.getsignal(signal_number)
@@ -162,7 +146,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one(config):
     finished.run(lambda step, metrics: pytest.fail("there is nothing left to do"))
 
 
-def test_a_crash_between_checkpoints_repeats_the_lost_steps(config):
+def test_a_crash_between_checkpoints_repeats_the_lost_steps(config, state_of):
     whole, parts = config("whole", save_every=2), config("parts", save_every=2)
     Trainer(whole).run()
 
@@ -199,9 +183,9 @@ print(run.step)
     assert int(result.stdout) < 10 and Trainer(settings).step == int(result.stdout)
 
 
-def test_init_pca_equals_pca(config, monkeypatch):
+def test_init_pca_equals_pca(config, monkeypatch, sizes):
     monkeypatch.setattr(trainer_module, "PCA_CROPS", 1)
-    settings = config(init="pca", overrides=SIZES | {"final_norm": False, "pixel_bias": "element"})
+    settings = config(init="pca", overrides=sizes | {"final_norm": False, "pixel_bias": "element"})
     run = Trainer(settings)
     count = 256**2 // (4 * 16**2) + 1
     pca = fit_pca((run.data[2**32 + i].clips for i in range(count)), (1, 8), 48)
@@ -212,16 +196,16 @@ def test_init_pca_equals_pca(config, monkeypatch):
         torch.testing.assert_close(reconstruction, pca.reconstruct(picture[:, None], 4)[:, :, 0], rtol=0, atol=2e-5)
 
 
-def test_init_from_a_directory(config, tmp_path):
-    source = vitok.create_model("S-S/8", channels=4, **SIZES)
+def test_init_from_a_directory(config, tmp_path, sizes):
+    source = vitok.create_model("S-S/8", channels=4, **sizes)
     source.save(tmp_path / "start")
     run = Trainer(config(init=str(tmp_path / "start")))
     for model in (run.model, run.average):
         assert identical(model.state_dict(), source.state_dict())
 
 
-def test_init_from_another_kind_of_model(config, tmp_path, one_sentence):
-    vitok.create_model("S-S/8", channels=5, **SIZES).save(tmp_path / "start")
+def test_init_from_another_kind_of_model(config, tmp_path, one_sentence, sizes):
+    vitok.create_model("S-S/8", channels=5, **sizes).save(tmp_path / "start")
     for init, wanted in ((str(tmp_path / "start"), "another configuration"), ("pac", "'pac'")):
         with pytest.raises(InputError) as error:
             Trainer(config(init=init))
@@ -243,14 +227,39 @@ def test_a_run_of_another_configuration_is_not_continued(config, one_sentence):
     assert Trainer(config(steps=9, save_every=3, workers=1)).step == 1, "these may change"
 
 
-def test_damaged_state(config, one_sentence):
+def test_damaged_checkpoints(config, one_sentence):
     settings = config(steps=1)
     Trainer(settings).run()
-    state = Path(settings.out) / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(InputError) as error:
-        Trainer(settings)
-    one_sentence(error.value, "cannot resume", str(state))
+    path = checkpoints.newest(Path(settings.out))
+    (weights,) = path.glob("*.safetensors")
+    about = json.loads((path / "checkpoint.json").read_text())
+    for file, content, words in (
+        (weights, weights.read_bytes()[:1000], "is damaged or of another model"),
+        (weights, save({"x": torch.zeros(1)}), "is damaged or of another model"),
+        (path / "checkpoint.json", json.dumps(about | {"format": 99}).encode(), "has format 99"),
+        (path / "checkpoint.json", b"{", "is no checkpoint"),
+    ):
+        good = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(InputError) as error:
+            Trainer(settings)
+        one_sentence(error.value, "cannot resume", str(path), words)
+        file.write_bytes(good)
+    assert Trainer(settings).step == 1
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(config, one_sentence, state_of):
+    settings = config(steps=2, save_every=1)
+    Trainer(config(steps=1)).run()
+    before = state_of(settings)
+    with disk_full(), pytest.raises(InputError) as error:
+        Trainer(settings).run()
+    one_sentence(error.value, "cannot write the checkpoint", "state-00000002", "File too large")
+    assert identical(state_of(settings), before)
+    again = Trainer(settings)
+    assert again.step == 1
+    again.run()
+    assert [path.name for path in Path(settings.out).glob("state-*")] == ["state-00000002"]
 
 
 def test_a_corrupt_picture_is_counted_and_told_once(config, pictures):
@@ -319,24 +328,21 @@ def test_a_gradient_that_is_not_finite_ends_the_run_without_touching_the_weights
     batch = run.data[0]
     with pytest.raises(InputError) as error:
         run.train_step(batch, 4)
-    saved = run.out / "failed.safetensors"
+    saved = run.out / "failed"
     one_sentence(error.value, "not finite at step 4", "picture_", str(saved))
     assert torch.equal(run.model.decoder.unembed.weight, before)
-    state = load_file(saved)
-    assert torch.equal(state["batch"], batch.pixels) and state["model.encoder.embed.weight"][0, 0] == float("inf")
+    (file,) = saved.glob("*.safetensors")
+    state = load_file(file)
+    assert torch.equal(state["batch.0"], batch.pixels) and state["model.encoder.embed.weight"][0, 0] == float("inf")
 
 
-def test_a_full_disk_does_not_hide_a_loss_that_is_not_finite(config, monkeypatch, one_sentence):
-    def full(*args: object, **more: object) -> None:
-        raise OSError(28, "No space left on device")
-
+def test_a_full_disk_does_not_hide_a_loss_that_is_not_finite(config, one_sentence):
     run = Trainer(config())
-    monkeypatch.setattr(trainer_module, "save_file", full)
     with torch.no_grad():
         run.model.encoder.embed.weight[0, 0] = float("inf")
-    with pytest.raises(InputError) as error:
+    with disk_full(), pytest.raises(InputError) as error:
         run.train_step(run.data[0], 4)
-    one_sentence(error.value, "not finite at step 4", "No space left on device")
+    one_sentence(error.value, "not finite at step 4", "File too large")
 
 
 def test_a_discriminator_that_is_not_finite_ends_the_run_before_anything_moves(second_stage, one_sentence):
@@ -413,7 +419,7 @@ def test_the_discriminator_has_a_warm_up_of_its_own(second_stage):
     assert {group["lr"] for group in run.optimizer.param_groups} == {0.1}
 
 
-def test_a_second_stage_stopped_and_resumed_equals_an_uninterrupted_one_bit_for_bit(second_stage):
+def test_a_second_stage_stopped_and_resumed_equals_an_uninterrupted_one_bit_for_bit(second_stage, state_of):
     whole, parts = second_stage("whole"), second_stage("parts")
     Trainer(whole).run()
     first = Trainer(parts)
@@ -423,7 +429,9 @@ def test_a_second_stage_stopped_and_resumed_equals_an_uninterrupted_one_bit_for_
     again.run()
     assert identical(state_of(parts), state_of(whole))
     names = {key.split(".")[0] for key in state_of(whole)}
-    assert names == {"model", "average", "adversary", "optimizer", "adversary_optimizer"}
+    assert names == {"model", "average", "adversary"}
+    moments = {key for key in state_of(whole) if key.endswith(".exp_avg")}
+    assert {key.split(".")[0] for key in moments} == {"model", "adversary"}
     logs = [(Path(c.out) / "log.csv").read_text().splitlines() for c in (parts, whole)]
     assert logs[0][-1] == logs[1][-1] and "discriminator" in logs[0][0]
 

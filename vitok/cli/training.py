@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+import torch
 
 from vitok.cli.common import device_option, open_device
 from vitok.cli.progress import Display
+
+if TYPE_CHECKING:
+    from vitok.train.config import TrainConfig
 
 
 @click.command()
@@ -20,10 +25,20 @@ def train(config: Path, assignments: tuple[str, ...], device: str | None) -> Non
     Goes on where a stopped run left off. Ctrl-C or SIGTERM stops after the step at hand and saves.
     """
     from vitok.train.config import TrainConfig
-    from vitok.train.trainer import MODEL, Trainer
+    from vitok.train.parallel import joined
 
     settings = TrainConfig.load(config, assignments)
-    trainer = Trainer(settings, open_device(device))
+    with joined(open_device(device)) as own:
+        _train(settings, own)
+
+
+def _train(settings: TrainConfig, device: torch.device) -> None:
+    from vitok.train.trainer import MODEL, Trainer
+
+    trainer = Trainer(settings, device)
+    if trainer.ranks.rank > 0:
+        trainer.run()  # the first rank does the talking
+        return
     with Display() as display, display.track(settings.steps - trainer.step, "steps") as advance:
         told = 0
 

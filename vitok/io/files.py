@@ -86,7 +86,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.chmod(mode)  # some writers (safetensors) put a private file of their own in its place
             _flush(temporary)
             os.replace(temporary, target)
-            _flush_folder(target.parent)
+            flush_folder(target.parent)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     except OSError as error:
@@ -103,7 +103,8 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_folder(path: Path) -> None:
+def flush_folder(path: Path) -> None:
+    """Put the renames in a folder on the disk, where the file system can."""
     # Makes the rename itself durable; some systems and network file systems cannot open or sync a folder.
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)

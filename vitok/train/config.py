@@ -21,7 +21,7 @@ LIMITS: tuple[tuple[str, float, float], ...] = (
     ("learning_rate", 0, 1e3), ("weight_decay", 0, 1e3), ("grad_clip", 1e-12, 1e12), ("betas", 0, 1 - 1e-12),
     ("ema", 0, 1), ("stage", 1, 2), ("eta", 0, 1e9), ("adversarial_weight", 0, 1e9),
     ("discriminator_learning_rate", 0, 1e3), ("discriminator_warmup", 0, 2**32), ("discriminator_width", 4, 2**16),
-    ("lecam_weight", 0, 1e9),
+    ("lecam_weight", 0, 1e9), ("accumulate", 1, 2**31), ("latent_noise", 0, 1e9),
     ("frames", 1, 2**16), ("crop_scale", 1e-6, 1),
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ class TrainConfig:
     """What to train on: a folder, searched recursively, of pictures, of videos, or of tar shards as webdataset writes
     them; one file; or a pattern such as shards/train-*.tar. Or a list of {path, weight, groups}, drawn by weight."""
     out: str
-    """Directory of the run: `model/` (the averaged weights), `state.safetensors` (to resume from), `log.csv`."""
+    """Directory of the run: `model/` (the averaged weights), `state-<step>/` (to resume from), `log.csv`."""
     stage: int = 1
     """1, or 2 to go on from the stage-1 model that `init` names with its encoder frozen."""
     model: str = "S-B/16"
@@ -54,7 +54,9 @@ class TrainConfig:
     steps: int = 100_000
     """Optimizer steps."""
     batch: int = 32
-    """Pictures, or clips, a step."""
+    """Pictures, or clips, a step, over all ranks."""
+    accumulate: int = 1
+    """Parts of a batch that go through the model one after the other, which takes less memory."""
     frames: int = 16
     """Length of the clips drawn from videos; they never cross a cut."""
     crop: int = 128
@@ -67,6 +69,11 @@ class TrainConfig:
     groups: str = ""
     """Regular expression on file names; samples with the same match form a group, and groups are drawn evenly. Of a
     list in `data`, for the entries that have none of their own."""
+    freeze_encoder: bool = False
+    """Train the decoder alone, as stage 2 does always: latents stay as they are."""
+    latent_noise: float = 0.0
+    """Latents are decoded with normal noise on them, its standard deviation for each sample the absolute value of a
+    normal number times this (arXiv:2510.11690); the decoder learns to forgive a generator's errors."""
     pixel_loss: str = "l2"
     """"l2" (mean squared error), "l1", "charbonnier", or "log_l2" (the mean over pictures of log MSE: PSNR, up to a
     factor)."""
@@ -103,6 +110,15 @@ class TrainConfig:
     """Decay of the averaged weights, which are the ones exported."""
     precision: str = "auto"
     """"bf16" (autocast), "fp32", or "auto": bf16 where the hardware multiplies it natively."""
+    optimizer: str = "torch"
+    """AdamW in one kernel: "torch", or "apex" where that package is installed."""
+    compile: bool = False
+    """Compile the transformer blocks with torch.compile."""
+    checkpointing: bool = False
+    """Keep only the inputs of blocks for backward and compute the rest again: less memory, a third more work."""
+    parallel: str = "ddp"
+    """How ranks share a run under torchrun: "ddp" (all of the model on each) or "fsdp" (FSDP2: weights, gradients and
+    optimizer states shared out)."""
     seed: int = 0
     """Everything random follows from it and the step."""
     workers: int = 1
@@ -113,6 +129,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, choices in (
             ("pixel_loss", ("l2", "l1", "charbonnier", "log_l2")), ("precision", ("auto", "bf16", "fp32")),
+            ("optimizer", ("torch", "apex")), ("parallel", ("ddp", "fsdp")),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise InputError(
@@ -224,7 +241,7 @@ def _as_type(name: str, kind: str, value: Any) -> Any:
             if isinstance(value, (list, tuple)) and len(value) == 2:
                 return tuple(_as_type(name, "float" if "float" in kind else "int", item) for item in value)
         elif isinstance(value, bool) == (kind == "bool") and isinstance(
-            value, {"int": int, "str": str}.get(kind, dict)
+            value, {"int": int, "str": str, "bool": bool}.get(kind, dict)
         ):
             return value
     except (TypeError, ValueError):

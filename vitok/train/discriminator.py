@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitok.train.parallel import mean_over_ranks
+
 SLOPE = 0.2
 """Of every LeakyReLU."""
 LECAM_DECAY = 0.999
@@ -110,8 +112,8 @@ class Adversary(nn.Module):
             lecam = F.relu(real - self.fake_logit).square().mean() + F.relu(self.real_logit - fake).square().mean()
             loss = loss + self.lecam_weight * lecam
             with torch.no_grad():
-                self.real_logit.lerp_(real.mean(), 1 - LECAM_DECAY)
-                self.fake_logit.lerp_(fake.mean(), 1 - LECAM_DECAY)
+                self.real_logit.lerp_(mean_over_ranks(real.mean()), 1 - LECAM_DECAY)
+                self.fake_logit.lerp_(mean_over_ranks(fake.mean()), 1 - LECAM_DECAY)
         return loss
 
 

@@ -10,13 +10,11 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitok import ops
@@ -25,39 +23,65 @@ from vitok.data.batches import Batch, Batches
 from vitok.errors import InputError
 from vitok.evaluate.pca import PCA_CROPS, fit_pca
 from vitok.io.files import atomic_path
+from vitok.model import ViTok
+from vitok.train import checkpoints
+from vitok.train.autoencoder import Autoencoder
 from vitok.train.config import TrainConfig
 from vitok.train.discriminator import Adversary, Discriminator
 from vitok.train.init import init_from_pca
 from vitok.train.losses import perceptual_loss, pixel_loss, predicted_frames, target_frames
+from vitok.train.optimizer import make_optimizer, set_optimizer_step
+from vitok.train.parallel import Ranks, averaging, local, replicated, sharded, whole
 
-STATE, LOG, MODEL, FAILED = "state.safetensors", "log.csv", "model", "failed.safetensors"
+LOG, MODEL, FAILED = "log.csv", "model", "failed"
+HOW = (
+    "out", "steps", "workers", "save_every", "perceptual_weights", "parallel", "accumulate", "checkpointing", "compile",
+    "optimizer",
+)  # fmt: skip
+"""Fields that a run may go on with other values of: where it lives, how long it is, how it is fed and computed."""
 
 
 class Trainer:
-    """One run: `Trainer(config).run()` trains to the last step, from the run's checkpoint if it has one."""
+    """One run: `Trainer(config).run()` trains to the last step, from the run's checkpoint if it has one.
+
+    Where there is a process group (torch.distributed) its ranks share each batch.
+    """
 
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)
         self.out = Path(config.out)
-        self.data = Batches(
-            config.data, batch=config.batch, crop=config.crop, short_side=config.short_side, seed=config.seed,
-            groups=config.groups, crop_scale=config.crop_scale, frames=config.frames,
-        )  # fmt: skip
+        self.ranks = Ranks.current()
+        if config.batch % (self.ranks.count * config.accumulate):
+            raise InputError(
+                f"training field 'batch' must be a multiple of ranks x accumulate, {self.ranks.count} x "
+                f"{config.accumulate}, got {config.batch}"
+            )
+        self.data = _batches(config, self.ranks)
         self.skipped = dict.fromkeys(self.data.skipped)
         torch.manual_seed(config.seed)
-        model = create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides)
-        self.model = model.to(self.device)
+        found = checkpoints.newest(self.out)
+        about = checkpoints.read_about(found) if found else {}
+        if found and about.get("run") != self._identity():
+            raise InputError(f"{self.out} holds a run with another configuration; choose another `out` or remove it")
+        self.model = create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides)
+        if not found:
+            self._start()
+        self.model.to(self.device)
         self.average = copy.deepcopy(self.model).eval()
-        if config.stage == 2:
-            self.model.encoder.requires_grad_(False)
-        self.optimizer = _adamw(self.model, config)
+        frozen = config.freeze_encoder or config.stage == 2
+        self.autoencoder = self._prepared(Autoencoder(self.model, frozen, config.latent_noise))
+        self.averaged = Autoencoder(self.average)
+        if config.parallel == "fsdp" and self.ranks.count > 1:
+            sharded(self.averaged, self.averaged.blocks)
+        self.optimizer = make_optimizer(config, self.model)
         network = perceptual_loss(config.perceptual, config.perceptual_weights)
         self.perceptual = None if network is None else network.to(self.device)
         self.adversary: Adversary | None = None
         if config.stage == 2:
             discriminator = Discriminator(config.crop, config.discriminator_width)
             self.adversary = Adversary(discriminator, config.lecam_weight).to(self.device)
-            self.adversary_optimizer = _adamw(self.adversary, config)
+            self.judging = replicated(self.adversary)
+            self.adversary_optimizer = make_optimizer(config, self.adversary)
         self.weights = {
             "pixel": 1.0,
             "kl": config.beta,
@@ -68,10 +92,19 @@ class Trainer:
             self.device.type, torch.bfloat16, enabled=_use_bf16(config.precision, self.device)
         )
         self.step = 0
-        if (self.out / STATE).exists():
-            self._resume()
-        else:
-            self._start()
+        if found:
+            self._resume(found, about["step"])
+
+    def _prepared(self, autoencoder: Autoencoder) -> nn.Module:
+        """Ready for training steps: recomputing, compiled and shared out as the configuration says."""
+        if self.config.checkpointing:
+            autoencoder.recompute()
+        if self.config.compile:
+            for block in autoencoder.blocks:
+                block.compile(dynamic=False)
+        if self.config.parallel == "fsdp" and self.ranks.count > 1:
+            return sharded(autoencoder, autoencoder.blocks)
+        return replicated(autoencoder)
 
     @property
     def parameters(self) -> int:
@@ -95,79 +128,98 @@ class Trainer:
                 begun = time.perf_counter()
                 batch = next(batches)
                 ready = time.perf_counter()
-                metrics = self.train_step(batch, step)
+                own = self.train_step(batch, step)
                 waited, worked = 0.9 * waited + ready - begun, 0.9 * worked + time.perf_counter() - ready
-                self.skipped.update(dict.fromkeys(batch.skipped))
+                own |= {"data_wait": 100 * waited / (waited + worked)}
+                told = {"stopped": float(stopped()), "skipped": float(len(batch.skipped))}
+                metrics = self.ranks.mean(own | told, self.device)  # the same on all ranks, and so is what follows
                 self.step = step + 1
-                last = self.step == self.config.steps or stopped()
+                last = metrics.pop("stopped") > 0 or self.step == self.config.steps
+                if metrics["skipped"]:
+                    self.skipped.update(dict.fromkeys(self.ranks.gathered(batch.skipped)))
                 if on_step:
-                    data_wait = 100 * waited / (waited + worked)
-                    on_step(self.step, metrics | {"data_wait": data_wait, "skipped": len(self.skipped)})
+                    on_step(self.step, metrics | {"skipped": len(self.skipped)})
                 if last or self.step % self.config.save_every == 0:
-                    self.save(metrics)
+                    self.save({name: metrics[name] for name in metrics if name not in ("data_wait", "skipped")})
                 if last:
                     break
 
     def train_step(self, batch: Batch, step: int) -> dict[str, float]:
-        """One update on a batch of pictures or clips.
+        """One update on this rank's part of a batch of pictures or clips.
 
         Returns the loss, its parts before they are weighted, in stage 2 the discriminator's loss, PSNR of the batch
-        (dB), the gradient's norm and the learning rate.
+        (dB), the gradient's norm and the learning rate; but for the last two, means over this rank's part.
         """
-        config, tubelet = self.config, self.model.config.tubelet
+        config = self.config
+        self.autoencoder.train()
         target = batch.clips.to(self.device, non_blocking=True)
-        self.model.decoder.train()
-        self.model.encoder.train(config.stage == 1)
-        with self.autocast:
-            with torch.set_grad_enabled(config.stage == 1):
-                posterior = self.model.encode(target, layout="channels_last")
-            patches = self.model.decode_patches(posterior.sample((config.seed << 32) + step))
-
-        parts = {"pixel": pixel_loss(patches, target, tubelet, config.pixel_loss), "kl": posterior.kl().float().mean()}
-        if self.perceptual is not None or self.adversary is not None:
-            reals, fakes = target_frames(target), predicted_frames(patches, tubelet, target.shape[1:4])
-        if self.perceptual is not None:
-            with self.autocast:
-                parts["perceptual"] = self.perceptual(fakes, reals).float().mean()
+        first = self.ranks.rank * len(target)
+        ids = torch.arange(first, first + len(target), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
         if self.adversary is not None:
-            with self.autocast:
-                parts["adversarial"] = self.adversary.against(fakes)
-        loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
+            self.adversary_optimizer.zero_grad(set_to_none=True)
+        found: dict[str, Tensor] = {}
+        pieces = list(zip(target.chunk(config.accumulate), ids.chunk(config.accumulate), strict=True))
+        for number, (clips, sample_ids) in enumerate(pieces, 1):
+            for name, value in self._backward(clips, sample_ids, step, now=number == len(pieces)).items():
+                found[name] = found.get(name, 0) + value / len(pieces)
+        metrics = {name: value.item() for name, value in found.items()}
+
         rate = learning_rate(step, config.learning_rate, config.warmup, config.steps)
-        norm = self._backward(loss, self.optimizer, rate, batch, step)
-        metrics = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
-
+        norm = self._clip(self.optimizer, rate, metrics["loss"], batch, step)
         if self.adversary is not None:
-            with self.autocast:
-                loss = self.adversary(reals, fakes)
             its_rate = learning_rate(
                 step, config.discriminator_learning_rate, config.discriminator_warmup, config.steps
             )
-            self._backward(loss, self.adversary_optimizer, its_rate, batch, step)
+            self._clip(self.adversary_optimizer, its_rate, metrics["discriminator"], batch, step)
             self.adversary_optimizer.step()
-            metrics["discriminator"] = loss.item()
         self.optimizer.step()
         self._update_average(step)
+        return metrics | {"grad_norm": norm, "lr": rate}
 
-        mse = ops.pixel_loss(patches.detach().clamp(-1, 1), target, tubelet=tubelet, kind="l2")
-        psnr = (10 * torch.log10(4 / mse.clamp(min=1e-10))).mean()
-        return metrics | {"psnr": psnr.item(), "grad_norm": norm, "lr": rate}
+    def _backward(self, clips: Tensor, sample_ids: Tensor, step: int, now: bool) -> dict[str, Tensor]:
+        """Add the gradients of some of a batch's clips, an `accumulate`-th of it, to those there are; the ranks average
+        them `now`. Returns loss, parts and PSNR."""
+        config, tubelet = self.config, self.model.config.tubelet
+        seed = (config.seed << 32) + step
+        with averaging(self.autoencoder, now):
+            with self.autocast:
+                patches, kl = self.autoencoder(clips, seed, sample_ids)
+            parts = {"pixel": pixel_loss(patches, clips, tubelet, config.pixel_loss), "kl": kl.mean()}
+            if self.perceptual is not None or self.adversary is not None:
+                reals, fakes = target_frames(clips), predicted_frames(patches, tubelet, clips.shape[1:4])
+            if self.perceptual is not None:
+                with self.autocast:
+                    parts["perceptual"] = self.perceptual(fakes, reals).float().mean()
+            if self.adversary is not None:
+                with self.autocast:
+                    parts["adversarial"] = self.adversary.against(fakes)
+            loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
+            (loss / config.accumulate).backward()
+        found = {"loss": loss, **parts}
+        if self.adversary is not None:
+            with averaging(self.judging, now):
+                with self.autocast:
+                    found["discriminator"] = self.judging(reals, fakes)
+                (found["discriminator"] / config.accumulate).backward()
+        mse = ops.pixel_loss(patches.detach().clamp(-1, 1), clips, tubelet=tubelet, kind="l2")
+        found["psnr"] = (10 * torch.log10(4 / mse.clamp(min=1e-10))).mean()
+        return {name: value.detach() for name, value in found.items()}
 
-    def _backward(self, loss: Tensor, optimizer: torch.optim.Optimizer, rate: float, batch: Batch, step: int) -> float:
-        """Clipped gradients for a step of `optimizer` at `rate`; returns their norm before clipping.
+    def _clip(self, optimizer: torch.optim.Optimizer, rate: float, loss: float, batch: Batch, step: int) -> float:
+        """Clip the gradients for a step of `optimizer` at `rate`; returns their norm before.
 
         A loss or norm that is not finite ends the run, before anything has moved; what led there is saved.
         """
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip).item()
-        if not math.isfinite(norm + loss.item()):
-            found = f"the loss ({loss.item():g}) or its gradient ({norm:g}) is not finite at step {step}"
+        norm = whole(nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)).item()
+        if not math.isfinite(norm + loss):
+            found = f"the loss ({loss:g}) or its gradient ({norm:g}) is not finite at step {step}"
             try:
-                self._write_state(self.out / FAILED, batch=batch.pixels)
+                pixels = {f"batch.{self.ranks.rank}": batch.pixels}
+                checkpoints.write(self.out / FAILED, self._tensors() | pixels, self._about())
                 kept = f"{self.out / FAILED} holds the state and this batch"
             except InputError as error:
                 kept = str(error)
@@ -177,12 +229,19 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
         decay = min(self.config.ema, (1 + step) / (10 + step))  # short memory at first, so that the start is forgotten
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        means, values = ([local(p) for p in model.parameters()] for model in (self.average, self.model))
+        torch._foreach_lerp_(means, values, 1 - decay)
 
     def save(self, metrics: dict[str, float]) -> None:
-        """Write the averaged model, the state to resume from and a log line."""
-        self.average.save(self.out / MODEL)
-        self._write_state(self.out / STATE)
+        """Write the averaged model, the checkpoint to resume from and a log line."""
+        checkpoints.write_step(self.out, self.step, self._tensors(), self._about())
+        weights = {key: whole(value).cpu() for key, value in self.average.state_dict().items()}
+        if self.ranks.rank > 0:
+            return
+        with torch.device("meta"):
+            exported = ViTok(self.model.config)
+        exported.load_state_dict(weights, assign=True)
+        exported.save(self.out / MODEL)
         log = self.out / LOG
         rows = [row for row in _read_rows(log) if int(row["step"]) < self.step]
         rows.append({"step": self.step, **{name: f"{value:.6g}" for name, value in metrics.items()}})
@@ -192,69 +251,51 @@ class Trainer:
             writer.writerows(rows)
 
     def _start(self) -> None:
+        """Give the model the weights that a run begins with; the same on all ranks."""
         if self.config.init == "pca":
             tubelet, width = self.model.config.tubelet, self.model.config.encoder_width
-            fit_on = (
-                self.data[2**32 + i].clips
-                for i in range(PCA_CROPS * 256**2 // (self.config.batch * self.config.crop**2) + 1)
-            )
+            data = _batches(self.config)
+            crops = PCA_CROPS * 256**2 // (self.config.batch * self.config.crop**2) + 1
+            fit_on = (data[2**32 + i].clips for i in range(crops))
             init_from_pca(self.model, fit_pca(fit_on, tubelet, min(width, self.model.config.tubelet_elements)))
         elif self.config.init != "random":
             start = load(self.config.init)
             if start.config.hash() != self.model.config.hash():
                 raise InputError(f"init {self.config.init!r} holds a model of another configuration than this run's")
             self.model.load_state_dict(start.state_dict())
-        self.average.load_state_dict(self.model.state_dict())
 
-    def _resume(self) -> None:
-        path = self.out / STATE
-        try:
-            with safe_open(path, "pt", device=str(self.device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot resume: {path} is no readable safetensors file: {error}") from error
-        if metadata.get("run") != self._identity():
-            raise InputError(f"{self.out} holds a run with another configuration; choose another `out` or remove it")
-        self.step = int(metadata["step"])
-        for name, module in self._modules():
-            found = {key.removeprefix(f"{name}."): v for key, v in tensors.items() if key.startswith(f"{name}.")}
-            module.load_state_dict(found)
-        for key, parameter, optimizer in self._optimized():
-            optimizer.state[parameter] = {name: tensors[f"{key}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")}
+    def _resume(self, path: Path, step: int) -> None:
+        self.step = step
+        for optimizer in self._optimizers().values():
+            set_optimizer_step(optimizer, step)
+        checkpoints.read_into(path, self._tensors())
 
-    def _write_state(self, path: Path, **more: Tensor) -> None:
-        tensors = {f"{name}.{key}": v for name, module in self._modules() for key, v in module.state_dict().items()}
-        for key, parameter, optimizer in self._optimized():
-            tensors |= {f"{key}.{name}": value for name, value in optimizer.state[parameter].items()}
-        with atomic_path(path) as temporary:
-            save_file(
-                {key: value.contiguous() for key, value in (tensors | more).items()},
-                temporary,
-                metadata={"step": str(self.step), "run": self._identity()},
-            )
-
-    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """What a checkpoint holds, with the names it has there."""
-        yield from (("model", self.model), ("average", self.average))
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds."""
+        modules: dict[str, nn.Module] = {"model": self.model, "average": self.average}
         if self.adversary is not None:
-            yield "adversary", self.adversary
+            modules["adversary"] = self.adversary
+        tensors = {f"{name}.{key}": x for name, module in modules.items() for key, x in module.state_dict().items()}
+        for name, optimizer in self._optimizers().items():
+            for key, parameter in modules[name].named_parameters():
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if parameter in optimizer.state:
+                        tensors[f"{name}.{key}.{moment}"] = optimizer.state[parameter][moment]
+        return tensors
 
-    def _optimized(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
-        """Parameters that are trained, with the names and owners of their optimizer states."""
-        for key, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                yield f"optimizer.{key}", parameter, self.optimizer
-        if self.adversary is not None:
-            for key, parameter in self.adversary.named_parameters():
-                yield f"adversary_optimizer.{key}", parameter, self.adversary_optimizer
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """By the names of what they train."""
+        return {"model": self.optimizer} | ({"adversary": self.adversary_optimizer} if self.adversary else {})
+
+    def _about(self) -> dict[str, Any]:
+        return {"run": self._identity()}
 
     def _identity(self) -> str:
         """What must be equal for a run to go on: everything but how long it is, where it lives and how it is fed."""
         fields = dataclasses.asdict(self.config)
         if isinstance(data := fields.pop("data"), tuple):
             fields["mixture"] = [{**part, "path": ""} for part in data]
-        for name in ("out", "steps", "workers", "save_every", "perceptual_weights"):
+        for name in HOW:
             del fields[name]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -266,13 +307,11 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Of the module's parameters that are trained; only matrices (and kernels) decay."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        betas=config.betas, fused=True,
+def _batches(config: TrainConfig, ranks: Ranks | None = None) -> Batches:
+    ranks = ranks or Ranks()
+    return Batches(
+        config.data, batch=config.batch, crop=config.crop, short_side=config.short_side, seed=config.seed,
+        groups=config.groups, crop_scale=config.crop_scale, frames=config.frames, rank=ranks.rank, ranks=ranks.count,
     )  # fmt: skip
 
 

@@ -1,0 +1,122 @@
+"""One run on several processes, as torchrun starts them: who this one is, and how they share a module's gradients."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vitok.errors import InputError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, the `rank`-th of `count`."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """Of the default process group; alone where there is none."""
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else cls()
+
+    def wait(self) -> None:
+        if self.count > 1:
+            dist.barrier()
+
+    def mean(self, values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+        """Numbers that every rank has under the same names, averaged over the ranks."""
+        if self.count == 1:
+            return dict(values)
+        numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(numbers)
+        return dict(zip(values, (numbers / self.count).tolist(), strict=True))
+
+    def gathered(self, things: Iterable[str]) -> list[str]:
+        """Those of all ranks."""
+        every: list[list[str]] = [list(things)]
+        if self.count > 1:
+            every = [[] for _ in range(self.count)]
+            dist.all_gather_object(every, list(things))
+        return [thing for each in every for thing in each]
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, for as long as the context lasts; gives this process's device.
+
+    NCCL on GPUs, one for each process of a machine, Gloo elsewhere. Without torchrun nothing happens.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield device
+        return
+    if device.type == "cuda" and device.index is None:
+        number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= there:
+            raise InputError(
+                f"torchrun started more processes on this machine than its {there} GPUs; lower --nproc-per-node"
+            )
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """`x` averaged over the ranks, without gradient."""
+    count = Ranks.current().count
+    if count == 1:
+        return x.detach()
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / count
+
+
+def replicated(module: nn.Module) -> nn.Module:
+    """`module` behind DDP, which averages its gradients over the ranks; the module itself where there is one rank."""
+    # Buffers are made alike by those who write them, and gradients live in DDP's buckets instead of being copied there.
+    if Ranks.current().count == 1:
+        return module
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def sharded(module: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+    """`module` with parameters, gradients and optimizer states shared out over the ranks by FSDP2, block by block."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in blocks:
+        fully_shard(block)
+    return fully_shard(module, reshard_after_forward=True)
+
+
+@contextmanager
+def averaging(module: nn.Module, now: bool) -> Iterator[None]:
+    """Context of a forward and backward after which the ranks average their gradients `now`, or keep adding up."""
+    if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
+        module.set_requires_gradient_sync(now)
+        yield
+    elif isinstance(module, DistributedDataParallel) and not now:
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of `x` that this rank holds; `x` itself where it is not shared out."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of `x`, on every rank."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
