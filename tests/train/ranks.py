@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,18 +25,20 @@ def main(path: str) -> None:
     with joined(torch.device("cpu")) as device:
         for fields in json.loads(Path(path).read_text()):
             killed = fields.pop("killed", None)
-            trainer, losses = Trainer(TrainConfig.from_dict(fields), device), []
+            _train(fields, killed if first_time else None, device)
 
-            def on_step(
-                step: int, metrics: dict[str, float], killed: int | None = killed, losses: list[float] = losses
-            ) -> None:
-                losses.append(metrics["loss"])
-                if step == killed and first_time and trainer.ranks.rank == trainer.ranks.count - 1:
-                    os.kill(os.getpid(), signal.SIGKILL)
 
-            trainer.run(on_step)
-            if trainer.ranks.rank == 0:
-                (trainer.out / "losses.json").write_text(json.dumps(losses))
+def _train(fields: dict[str, Any], killed: int | None, device: torch.device) -> None:
+    trainer, losses = Trainer(TrainConfig.from_dict(fields), device), []
+
+    def on_step(step: int, metrics: dict[str, float]) -> None:
+        losses.append(metrics["loss"])
+        if step == killed and trainer.ranks.rank == trainer.ranks.count - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.run(on_step)
+    if trainer.ranks.rank == 0:
+        (trainer.out / "losses.json").write_text(json.dumps(losses))
 
 
 if __name__ == "__main__":
