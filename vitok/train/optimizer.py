@@ -19,9 +19,7 @@ def make_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimi
     try:
         from apex.optimizers import FusedAdam
     except ImportError as error:
-        raise InputError(
-            f"optimizer 'apex' needs the package apex ({error}); optimizer=torch trains without"
-        ) from error
+        raise InputError(f"optimizer 'apex' needs the package apex ({error}); choose 'torch' to do without") from error
     if parameters[0].device.type != "cuda":
         raise InputError(f"optimizer 'apex' works on GPUs, this run is on {parameters[0].device}; choose 'torch'")
     optimizer: torch.optim.Optimizer = FusedAdam(groups, betas=config.betas, adam_w_mode=True)
