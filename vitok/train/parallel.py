@@ -101,13 +101,19 @@ def sharded(module: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
 
     for block in blocks:
         fully_shard(block)
-    return fully_shard(module, reshard_after_forward=True)
+    fully_shard(module, reshard_after_forward=True)
+    return module
 
 
 @contextmanager
 def averaging(module: nn.Module, now: bool) -> Iterator[None]:
     """Context of a forward and backward after which the ranks average their gradients `now`, or keep adding up."""
-    if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
+    if Ranks.current().count == 1:
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(now)
         yield
     elif isinstance(module, DistributedDataParallel) and not now:
