@@ -32,7 +32,6 @@ COLUMNS = (
     "percent_of_matmul", "macs_ratio", "time_ratio", "refused", *FACTS,
 )  # fmt: skip
 ABSENT = f"{SKIPPED}diffusers is not installed (pip install vitok[peers])"
-OURS = ("vitok", "vitok fast bf16", "vitok fast fp32")
 CLOSE = 1.25  # how many times slower than the fastest on a small input a variant may be and still be timed
 LONG_SECONDS = 5.0  # a call of which only the variant that is fastest on a small input is timed
 FAR = 2.0  # how many times slower one convolution may be in a dtype for models of it to be tried

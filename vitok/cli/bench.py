@@ -162,13 +162,14 @@ def model(
 @bench.command()
 @listed("--cases", "256,512,16x128", "Sides of pictures, and FRAMESxSIDE of clips.", tuple, _frames_and_size)
 @click.option("--peers", type=Names(_peers), help="Which of them.  [default: all]")
+@listed("--ours", "vitok,vitok fast bf16,vitok fast fp32", "Which of ours.", _model_providers)
 @click.option("--picture-model", default="S-B/16", show_default=True, help="Ours beside those of pictures.")
 @click.option("--clip-model", default="S-B/4x8", show_default=True, help="Ours beside those of clips.")
 @limit_option(60.0)
 @run_options(1.0)
 def peers(
-    cases: tuple[tuple[int, int], ...], peers: tuple[str, ...] | None, picture_model: str, clip_model: str,
-    limit: float, **options: Any,
+    cases: tuple[tuple[int, int], ...], peers: tuple[str, ...] | None, ours: tuple[str, ...], picture_model: str,
+    clip_model: str, limit: float, **options: Any,
 ) -> None:  # fmt: skip
     """Ours beside the auto-encoders of diffusers, random weights all, one picture or clip at a time.
 
@@ -180,7 +181,7 @@ def peers(
 
     device, dtype = open_device(options["device"]), options["dtype"]
     dtype = DTYPES[dtype] if dtype else models.default_dtype(device)
-    suite = module.Peers(device, module.OURS, peers or _peers(), dtype, options["seconds"], limit)
+    suite = module.Peers(device, ours, peers or _peers(), dtype, options["seconds"], limit)
     jobs = [
         Job(
             {"case": f"{frames} x {size} x {size}", "what": what},
