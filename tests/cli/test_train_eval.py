@@ -183,18 +183,19 @@ def test_eval_goes_on_past_bad_pictures(vitok, models, photos, small_pca):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--pca", "nowhere"), "nowhere"),
+        (("--pca", "nowhere"), "--pca: data nowhere .* does not exist"),
         (("--pca", ".", "--groups", "("), "--groups '\\('"),
         (("--size", "0"), "--size"),
     ],
 )
-def test_eval_refuses(vitok, models, photos, options, words):
+def test_eval_refuses(vitok, models, photos, monkeypatch, options, words):
+    monkeypatch.setattr("vitok.cli.quality.score_folder", lambda *_, **__: pytest.fail("what is refused is not begun"))
     result = vitok("eval", photos, "--model", models.pictures, *options)
     assert result.code == 2 and result.out == "" and re.search(words, result.err.splitlines()[-1]), result
 
 
-def test_eval_of_nothing(vitok, models, tmp_path):
-    result = vitok("eval", tmp_path / "nowhere", "--model", models.pictures, "--pca", tmp_path)
+def test_eval_of_nothing(vitok, models, photos, tmp_path):
+    result = vitok("eval", tmp_path / "nowhere", "--model", models.pictures, "--pca", photos)
     assert result.code == 2 and len(result.err.splitlines()) == 1 and "nowhere does not exist" in result.err
     assert result.out == "0 of 1 scored, 1 failed\n"
 
@@ -309,8 +310,9 @@ def test_eval_refuses_metrics(vitok, models, photos, options, words):
     assert result.code == 2 and result.out == "" and re.search(words, result.err.splitlines()[-1]), result
 
 
-def test_eval_of_clips_beside_pca_needs_channels_for_every_frame(vitok, files, tmp_path):
+def test_eval_of_clips_beside_pca_needs_channels_for_every_frame(vitok, files, tmp_path, monkeypatch):
     pytest.importorskip("av")
+    monkeypatch.setattr("vitok.cli.quality.score_folder", lambda *_, **__: pytest.fail("what is refused is not begun"))
     package.create_model("Tiw64d1h1-Tiw64d1h1/4x16", channels=30).save(tmp_path / "thirty")
     files.clip(tmp_path / "clips" / "a.mp4", frames=4)
     options = ("--frames", 4, "--size", 32, "--model", tmp_path / "thirty", "--pca", tmp_path)
