@@ -76,7 +76,7 @@ class TrainConfig:
     """"none", "vgg_hed" (the VGG-HED distance), "lpips" (the package lpips, VGG), or one that an installed package
     provides as an entry point of the group `vitok.perceptual_losses` (`vitok.train.losses.perceptual_loss`)."""
     perceptual_weights: str = ""
-    """File of weights for the perceptual loss; "vgg_hed" needs it."""
+    """File of weights for the perceptual loss; "vgg_hed" needs it, "lpips" unless torch hub's cache has its VGG16."""
     eta: float = 1.0
     """Weight of the perceptual loss, where one is named."""
     adversarial_weight: float = 0.05
