@@ -203,7 +203,7 @@ def _as_data(value: Any) -> str | tuple[DataSource, ...]:
         if unknown := entry.keys() - fields.keys():
             raise InputError(
                 f"training field '{where}' must hold {', '.join(fields)} alone, "
-                f"got {', '.join(sorted(map(str, unknown)))}"
+                f"got {', '.join(sorted(map(str, unknown)))}{suggest(str(min(unknown, key=str)), fields)}"
             )
         source = DataSource(**{key: _as_type(f"{where}.{key}", fields[key], item) for key, item in entry.items()})
         if not 0 < source.weight < math.inf:

@@ -39,8 +39,8 @@ def perceptual_loss(name: str, weights: str = "") -> nn.Module | None:
         name: "none"; "vgg_hed" (`vitok.evaluate.perceptual.VGGHED`); "lpips", the package's with its VGG network
             (arXiv:1801.03924); or the name of an entry point of the group `vitok.perceptual_losses`, a callable that
             makes the module from `weights`.
-        weights: path of the network's weights; of "lpips" torchvision's VGG16, which need not be named where torch hub's
-            cache has it. Nothing is downloaded.
+        weights: path of the network's weights; of "lpips" torchvision's VGG16, "" for that in torch hub's cache.
+            Nothing is downloaded.
 
     Returns: a module that maps two batches [B, 3, H, W], RGB in [-1, 1], float32, to distances, [B] or [B, 1, 1, 1],
     and is differentiable in the first. Raises InputError for an unknown name and for a package or weights that are
