@@ -294,7 +294,8 @@ def _parse_stack(text: str, name: str, preset: Preset) -> StackConfig:
 
 def listed(names: Iterable[str]) -> str:
     """The first few names, sorted, and how many more there are."""
-    first, rest = sorted(names)[:4], sorted(names)[4:]
+    ordered = sorted(names)
+    first, rest = ordered[:4], ordered[4:]
     return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
 
 
