@@ -1,4 +1,4 @@
-"""Rewrite the generated tables of README.md and docs: python docs/generate.py
+"""Rewrite the generated tables of README.md, docs and model cards: python docs/generate.py
 
 A table stands between `<!-- generated: NAME -->` and `<!-- end -->` and comes from the code or from a result file.
 """
@@ -35,12 +35,21 @@ def models() -> str:
 
 
 def heldout() -> str:
-    """Quality of `demo` beside PCA, from `vitok eval --json`."""
+    """Quality of `demo` beside PCA, and after 8-bit latents beside JPEG, from `vitok eval --json`."""
     result = json.loads((RESULTS / "demo-heldout.json").read_text())
-    lines = [f"| {result['pictures']} held-out photographs, 256 x 256 | PSNR dB | SSIM |", "|---|---|---|"]
-    for name, mean in result["means"].items():
-        label = "PCA, 16 x 16 patches, 64 channels" if name == "PCA" else f"`{name}`"
-        lines.append(f"| {label} | {mean['psnr']:.2f} | {mean['ssim']:.4f} |")
+    labels = {
+        "demo": "`demo`",
+        "PCA": f"PCA, {result['model']}",
+        "demo 8-bit": f"`demo`, latents of 8 bits: {result['bytes_8_bit']:,} bytes",
+        "JPEG": f"JPEG of at most as many bytes, {result['means']['JPEG']['bytes']:,.0f} on average",
+    }
+    lines = [
+        f"| {result['pictures']} held-out photographs, 256 x 256 | PSNR dB | SSIM | VGG-HED distance |",
+        "|---|---|---|---|",
+    ]
+    for name, label in labels.items():
+        mean = result["means"][name]
+        lines.append(f"| {label} | {mean['psnr']:.2f} | {mean['ssim']:.4f} | {mean['vgg-hed']:.4f} |")
     return "\n".join(lines)
 
 
@@ -270,7 +279,11 @@ TABLES = {
     "triton_kernels": triton_kernels,
     "cuda_kernels": cuda_kernels,
 }
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "flop-claim", "kernels")))
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "vitok" / "weights" / "demo" / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "flop-claim", "kernels")),
+)
 
 
 def generated(text: str) -> str:

@@ -94,6 +94,14 @@ def test_hash_sees_fields_and_not_labels():
     assert len({config.hash()} | {config.replace(**{k: v}).hash() for k, v in changes.items()}) == len(changes) + 1
 
 
+def test_differences_name_the_first_few_fields_and_no_labels():
+    config = ViTokConfig.from_name("S-B/16")
+    assert config.differences(config.replace(name="mine", preset="own")) == ""
+    assert config.differences(config.replace(channels=8)) == "channels 16 (here 8)"
+    other = config.replace(pad="zero", channels=8, norm_eps=1e-4, qk_norm=True, gate="gelu", layer_scale=1.0)
+    assert config.differences(other).count("(here ") == 4 and config.differences(other).endswith(" and 2 more")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

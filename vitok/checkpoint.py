@@ -109,7 +109,8 @@ def model_directory(model: str | Path) -> Path:
         )
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
-            raise InputError(f"{directory} is no model directory: it has no {name}")
+            hint = f"; did you mean {directory / 'model'}?" if (directory / "model" / name).is_file() else ""
+            raise InputError(f"{directory} is no model directory: it has no {name}{hint}")
     return directory
 
 

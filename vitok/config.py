@@ -30,6 +30,8 @@ class StackConfig:
         return self.width // self.heads
 
 
+LABELS = ("name", "preset")
+"""Fields that say how a config came about and change nothing of the model."""
 CHOICES = {
     "norm": ("layer", "rms"),
     "block": ("serial", "parallel"),
@@ -171,8 +173,15 @@ class ViTokConfig:
 
         No window is left out: files made before there were windows stay those of the same model.
         """
-        fields = {k: v for k, v in self.to_dict().items() if k not in ("name", "preset") and (k, v) != ("window", None)}
+        fields = {k: v for k, v in self.to_dict().items() if k not in LABELS and (k, v) != ("window", None)}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    def differences(self, other: ViTokConfig) -> str:
+        """The first few fields that differ, labels apart, such as "channels 16 (here 8)"; "" for the same model."""
+        ours = other.to_dict()
+        return listed(
+            f"{k} {v} (here {ours[k]})" for k, v in self.to_dict().items() if k not in LABELS and v != ours[k]
+        )
 
     @classmethod
     def from_name(
@@ -285,7 +294,8 @@ def _parse_stack(text: str, name: str, preset: Preset) -> StackConfig:
 
 def listed(names: Iterable[str]) -> str:
     """The first few names, sorted, and how many more there are."""
-    first, rest = sorted(names)[:4], sorted(names)[4:]
+    ordered = sorted(names)
+    first, rest = ordered[:4], ordered[4:]
     return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
 
 

@@ -108,7 +108,7 @@ def test_on_a_terminal(files, models, tmp_path):
     assert "Traceback" not in text and "Error" not in text
     assert f"error: {tmp_path / 'no.jpg'} does not exist" in lines
     assert "2 of 3 reconstructed, 1 failed" in lines
-    assert re.search(r"b\.mp4 .*/100 .*frames/s", "\n".join(lines))
+    assert re.search(r"b\.mp4\n.*/100 .*frames/s", "\n".join(lines))
     with ClipReader(tmp_path / "o" / "b.mp4") as reader:
         assert sum(map(len, reader.chunks(50))) == 100
 

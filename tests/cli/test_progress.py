@@ -48,6 +48,21 @@ def test_two_bars_at_once_and_messages_between(open_terminal):
     assert all(len(line) <= 80 for line in lines if "/s" in line)
 
 
+@pytest.mark.parametrize("columns", [100, 60, 20])
+def test_a_long_label_is_shown_whole_however_narrow_the_terminal(open_terminal, monkeypatch, columns):
+    terminal = open_terminal()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    label = "loss 0.01234 kl 1.234 psnr 29.28 dB wait 12% skipped 3 12.5 images/s 43% of the matmul rate"
+    with Display() as display, display.track(3600, "steps") as advance:
+        advance(300, label)
+        display._bars.refresh()
+        lines = terminal.lines()
+    assert all(len(line) <= columns for line in lines)
+    assert label in " ".join(" ".join(lines).split())
+    if columns > 20:
+        assert re.search("^.* 300/3600 .*left", lines[-1]), "and the bar is below"
+
+
 def test_one_picture_needs_no_bar_of_its_own(open_terminal):
     terminal = open_terminal()
     with Display() as display, display.track(1, "frames", "a.png") as advance:

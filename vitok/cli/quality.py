@@ -133,6 +133,7 @@ def evaluate(
     model = open_model(model_name, device, dtype)
     paths = {"vgg-hed": vgg_hed, "lpips": lpips_weights, "fid": fid_weights, "is": fid_weights, "fvd": fvd_weights}
     metrics = _open({name for name in TITLES if name in wanted or paths.get(name)}, paths, frames, model.device)
+    baseline = _baseline(model, pca_folder, groups, frames) if pca_folder else None
     rows: dict[str, Row] = {}
     with Display() as display:
 
@@ -157,8 +158,8 @@ def evaluate(
         for each in failed:
             display.say(f"error: {each.error}")
         total = len(rows[model_name].scores)
-        if pca_folder and len(failed) < total:
-            score(PCA, _fit(model, pca_folder, groups, frames, display))
+        if baseline and len(failed) < total:
+            score(PCA, _fit(model, *baseline, frames, display))
         if with_jpeg and len(failed) < total:
             budgets = _bytes(model, size, frames)
             score(f"{model_name} 8-bit", lambda pixels: _through(model, pixels, eight_bits=True))
@@ -247,15 +248,29 @@ def _through_jpeg(pixels: Tensor, budgets: list[int], sizes: list[int]) -> Tenso
     return from_uint8(torch.stack(decoded).view_as(pixels)).movedim(-1, 1)
 
 
-def _fit(model: ViTok, folder: Path, groups: str, frames: int | None, display: Display) -> Callable[[Tensor], Tensor]:
-    """PCA of the model's patches in single pictures, with as many floats as the model has for each frame."""
+def _baseline(model: ViTok, folder: Path, groups: str, frames: int | None) -> tuple[Batches, int]:
+    """The crops that PCA is fitted on, and as many channels as give each frame as many floats as the model does."""
     channels, spare = divmod(model.config.channels, model.config.temporal_patch if frames else 1)
     if spare or not channels:
         q, c = model.config.temporal_patch, model.config.channels
         raise InputError(
             f"--pca gives each of a tubelet's {q} frames the same share of the {c} channels, a whole number"
         )
-    pca = fit_pca(_crops(folder, groups, display), (1, model.config.patch), channels)
+    try:
+        re.compile(groups)
+    except re.error as error:
+        raise InputError(f"--groups {groups!r} is no regular expression: {error}") from error
+    try:
+        return Batches(folder, batch=BATCH, crop=256, short_side=(256, 512), seed=0, groups=groups), channels
+    except InputError as error:
+        raise InputError(f"--pca: {error}") from error
+
+
+def _fit(
+    model: ViTok, data: Batches, channels: int, frames: int | None, display: Display
+) -> Callable[[Tensor], Tensor]:
+    """PCA of the model's patches in single pictures."""
+    pca = fit_pca(_crops(data, display), (1, model.config.patch), channels)
 
     def reconstruct(pixels: Tensor) -> Tensor:
         return pca.reconstruct(pixels, channels) if frames else pca.reconstruct(pixels[:, None], channels)[:, :, 0]
@@ -263,13 +278,8 @@ def _fit(model: ViTok, folder: Path, groups: str, frames: int | None, display: D
     return reconstruct
 
 
-def _crops(folder: Path, groups: str, display: Display) -> Iterator[Tensor]:
-    """The crops that the baseline is fitted on: uint8 [8, 1, 256, 256, 3] each."""
-    try:
-        re.compile(groups)
-    except re.error as error:
-        raise InputError(f"--groups {groups!r} is no regular expression: {error}") from error
-    data = Batches(folder, batch=BATCH, crop=256, short_side=(256, 512), seed=0, groups=groups)
+def _crops(data: Batches, display: Display) -> Iterator[Tensor]:
+    """Crops of `data`: uint8 [8, 1, 256, 256, 3] each."""
     told: set[str] = set()
     with display.track(PCA_CROPS, "crops") as advance:
         for i in range(PCA_CROPS // BATCH):

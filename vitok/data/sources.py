@@ -43,25 +43,28 @@ def open_source(path: str | os.PathLike[str], frames: int) -> Source:
     "shards/train-*.tar" for all the files that match. InputError if nothing is found, or things of several kinds.
     """
     paths = [Path(path)]
-    if not paths[0].exists() and any(c in str(path) for c in "*?["):
+    if not os.path.exists(path) and any(c in str(path) for c in "*?["):
         paths = sorted(map(Path, glob(str(path))))
         if not paths:
             raise InputError(f"data {path}: no file matches")
     shards = [shard for each in paths for shard in _shards(each)]
-    others = [each for each in paths if each.is_dir() or not _shards(each)]
+    others = [each for each in paths if os.path.isdir(each) or not _shards(each)]
     entries = find_inputs(others, kinds=("image", "clip"))
-    root = paths[0] if len(paths) == 1 and paths[0].is_dir() else paths[0].parent
+    root = paths[0] if len(paths) == 1 and os.path.isdir(path) else paths[0].parent
     of_kind = {kind: [entry.path for entry in entries if entry.kind == kind] for kind in ("image", "clip")}
     found = [
         text
-        for text, files in (("pictures", of_kind["image"]), ("clips", of_kind["clip"]), ("tar shards", shards))
+        for text, files in (("pictures", of_kind["image"]), ("videos", of_kind["clip"]), ("tar shards", shards))
         if files
     ]
     problems = [str(entry.error) for entry in entries if entry.error]
     if not found:
         raise InputError(f"data {path} holds no readable picture, clip or tar shard: {problems[0]}")
     if len(found) > 1:
-        raise InputError(f"data {path} holds {' and '.join(found)}; give each kind a folder and an entry of its own")
+        raise InputError(
+            f"data {path} holds {' and '.join(found)}: list each kind as a part of its own, a folder or a pattern, as "
+            "in data: [{path: photos}, {path: films/*.mp4}]"
+        )
     if shards:
         return ShardPictures(root, shards)  # that the folder holds no pictures besides is no problem
     if of_kind["image"]:
@@ -70,7 +73,7 @@ def open_source(path: str | os.PathLike[str], frames: int) -> Source:
 
 
 def _shards(path: Path) -> list[Path]:
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file it answers for any name
         return [path] if path.suffix == ".tar" else []
     found = []
     for root, folders, files in os.walk(path):

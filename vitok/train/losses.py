@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import entry_points
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from vitok import ops
 from vitok.config import suggest
 from vitok.errors import InputError
+from vitok.evaluate.features import Unavailable, lpips_network
 from vitok.evaluate.metrics import from_uint8
-from vitok.evaluate.perceptual import VGGHED
+from vitok.evaluate.perceptual import VGGHED, WHERE
 
 PLUGINS = "vitok.perceptual_losses"
 """Entry-point group of perceptual losses in installed packages."""
@@ -38,7 +39,8 @@ def perceptual_loss(name: str, weights: str = "") -> nn.Module | None:
         name: "none"; "vgg_hed" (`vitok.evaluate.perceptual.VGGHED`); "lpips", the package's with its VGG network
             (arXiv:1801.03924); or the name of an entry point of the group `vitok.perceptual_losses`, a callable that
             makes the module from `weights`.
-        weights: path of the network's weights; "lpips" finds its own.
+        weights: path of the network's weights; of "lpips" torchvision's VGG16, "" for that in torch hub's cache.
+            Nothing is downloaded.
 
     Returns: a module that maps two batches [B, 3, H, W], RGB in [-1, 1], float32, to distances, [B] or [B, 1, 1, 1],
     and is differentiable in the first. Raises InputError for an unknown name and for a package or weights that are
@@ -47,9 +49,14 @@ def perceptual_loss(name: str, weights: str = "") -> nn.Module | None:
     if name == "none":
         return None
     if name == "vgg_hed":
+        if not weights:
+            raise InputError(f"perceptual 'vgg_hed' needs the path of its weights in 'perceptual_weights'; {WHERE}")
         return VGGHED(weights)
     if name == "lpips":
-        return _lpips().requires_grad_(False).eval()
+        try:
+            return lpips_network("vgg", Path(weights) if weights else None, "perceptual_weights")
+        except Unavailable as error:
+            raise InputError(f"perceptual 'lpips': {error}; or choose 'vgg_hed', or 'none' to train without") from error
     plugins = {entry.name: entry for entry in entry_points(group=PLUGINS)}
     if name not in plugins:
         known = ("none", "vgg_hed", "lpips", *sorted(plugins))
@@ -58,23 +65,6 @@ def perceptual_loss(name: str, weights: str = "") -> nn.Module | None:
             f"installed package, got {name!r}{suggest(name, known)}"
         )
     return plugins[name].load()(weights).requires_grad_(False).eval()
-
-
-def _lpips() -> Any:
-    try:
-        import lpips
-    except (ImportError, RuntimeError) as error:  # the second from a torchvision made for another torch
-        raise InputError(
-            "perceptual 'lpips' needs the package lpips and a torchvision that fits torch "
-            f"({' '.join(str(error).split())}): install them with pip install lpips, or choose 'vgg_hed' or 'none'"
-        ) from error
-    try:
-        return lpips.LPIPS(net="vgg", verbose=False)
-    except (OSError, RuntimeError) as error:  # torchvision fetches the VGG weights unless they are in its cache
-        raise InputError(
-            f"perceptual 'lpips' cannot have its VGG weights, which torchvision downloads: "
-            f"{' '.join(str(error).split())}; choose 'vgg_hed' or 'none' to train without"
-        ) from error
 
 
 def predicted_frames(patches: Tensor, tubelet: tuple[int, int], size: Sequence[int]) -> Tensor:

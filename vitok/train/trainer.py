@@ -261,7 +261,10 @@ class Trainer:
         elif self.config.init != "random":
             start = load(self.config.init)
             if start.config.hash() != self.model.config.hash():
-                raise InputError(f"init {self.config.init!r} holds a model of another configuration than this run's")
+                raise InputError(
+                    f"init {self.config.init!r} holds a model of another configuration than this run's: "
+                    f"{start.config.differences(self.model.config)}; give the run the same or another init"
+                )
             self.model.load_state_dict(start.state_dict())
 
     def _resume(self, path: Path, step: int) -> None:
