@@ -10,7 +10,7 @@ RESULTS := --out benchmarks/results
 KERNELS := benchmarks/results/kernel-resources.json
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-long kernels-check kernels-table sanitize lint bench bench-ops docs clean
+.PHONY: setup demo test test-long kernels-check kernels-table sanitize lint bench bench-train bench-ops docs clean
 
 setup: $(STAMP)
 
@@ -64,6 +64,11 @@ bench: setup $(PEERS)
 	$(BIN)/vitok bench scale --limit 3 --seconds 0.5 $(RESULTS) || failed=1; \
 	$(BIN)/vitok bench packed --seconds 0.3 $(RESULTS) || failed=1; \
 	$(BIN)/python docs/generate.py && exit $$failed
+
+# A training step, ours beside its eager reference, the compiler's and the matrix products alone.
+bench-train: setup
+	$(BIN)/vitok bench model --batch 8 --what train --providers "reference,vitok,compile,linear layers alone" --seconds 3 $(RESULTS)/train
+	$(BIN)/python docs/generate.py
 
 # What peers are compared with; none of it is needed for anything else. Not `.[peers]`, which would build everything again.
 $(PEERS): $(STAMP)

@@ -123,6 +123,17 @@ def whole_models() -> str:
     )  # fmt: skip
 
 
+def training() -> str:
+    return table(
+        "train/model",
+        {
+            "case": "model", "batch": "batch", "dtype": "dtype", "provider": "provider", "ms_p50": "ms p50",
+            "ms_p20": "p20", "percent_of_matmul": "% of matmul rate",
+            "linear_share": "linear layers' share", "ratio_to_reference": "times eager reference", "peak_mb": "peak MB",
+        },
+    )  # fmt: skip
+
+
 def fastest(rows: Rows) -> Rows:
     """Of several variants of a provider the fastest, and what was skipped as a whole."""
     groups = defaultdict(list)
@@ -271,6 +282,7 @@ TABLES = {
     "heldout": heldout,
     "examples": examples,
     "whole_models": whole_models,
+    "training": training,
     "peers": peers,
     "scale": scale,
     "packed": packed,

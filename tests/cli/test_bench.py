@@ -69,7 +69,11 @@ def test_a_row_for_every_provider_size_and_task(vitok, tmp_path):
             assert float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p95"])
             assert float(row["gflop"]) == pytest.approx(2 * float(row["gmac"]), rel=1e-3)
             assert row["images_per_s"] and row["tokens_per_s"] and row["mpixel_per_s"] and row["percent_of_matmul"]
-            assert row["what"] == "train" or row["linear_share"]
+            assert row["linear_share"]
+    gmac = {
+        row["what"]: float(row["gmac"]) for row in found if row["provider"] == suites.LINEAR and row["batch"] == "2"
+    }
+    assert gmac["train"] == pytest.approx(3 * gmac["both"]) and gmac["both"] > 0
     stored = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert [(r["provider"], r["what"], str(r["batch"])) for r in stored] == [
         (r["provider"], r["what"], f"{r['batch']}.0") for r in found

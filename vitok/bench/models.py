@@ -249,7 +249,23 @@ def linear_layers(work: Workload, dtype: torch.dtype) -> Coder:
         grid = work.config.grid(*(1, *pixels.shape[1:-1])[-3:])
         return pixels.new_empty(len(pixels), work.config.channels, *grid, dtype=dtype)
 
-    return Coder(encode, partial(run, model.decoder), dtype)
+    rows: dict[tuple[int, int], Tensor] = {}
+
+    @torch.no_grad()
+    def step(pixels: Tensor) -> tuple[Tensor, ...]:
+        """Each matrix forward, and the products that give the gradients of its inputs and of itself."""
+        tokens = len(pixels) * count(work.config, size=work.size, frames=work.frames).tokens
+        last: Tensor = pixels
+        for m in (m for part in (model.encoder, model.decoder) for m in part.modules() if isinstance(m, nn.Linear)):
+            if (inputs := rows.get((tokens, m.in_features))) is None:
+                inputs = torch.randn(tokens, m.in_features, device=pixels.device).to(dtype)
+                rows[tokens, m.in_features] = inputs
+            out = F.linear(inputs, m.weight, m.bias)
+            last = out.t() @ inputs
+            out @ m.weight
+        return (last,)
+
+    return Coder(encode, partial(run, model.decoder), dtype, step)
 
 
 def _torch_linear(m: nn.Linear, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -386,7 +402,8 @@ def linear_macs(work: Workload, what: str, batch: int) -> int:
     both: list[nn.Module] = [model.encoder, model.decoder]
     parts = {"encode": both[:1], "decode": both[1:]}.get(what, both)
     tokens = count(work.config, size=work.size, frames=work.frames).tokens
-    return batch * tokens * sum(m.weight.numel() for p in parts for m in p.modules() if isinstance(m, nn.Linear))
+    weights = sum(m.weight.numel() for p in parts for m in p.modules() if isinstance(m, nn.Linear))
+    return batch * tokens * weights * (3 if what == "train" else 1)
 
 
 def figures(timing: Timing, operations: int, rate: float | None = None) -> dict[str, object]:
