@@ -73,7 +73,7 @@ def test_a_row_for_every_provider_size_and_task(vitok, tmp_path):
     gmac = {
         row["what"]: float(row["gmac"]) for row in found if row["provider"] == suites.LINEAR and row["batch"] == "2"
     }
-    assert gmac["train"] == pytest.approx(3 * gmac["both"]) and gmac["both"] > 0
+    assert gmac["train"] == pytest.approx(3 * gmac["both"], rel=1e-3) and gmac["both"] > 0
     stored = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert [(r["provider"], r["what"], str(r["batch"])) for r in stored] == [
         (r["provider"], r["what"], f"{r['batch']}.0") for r in found
