@@ -34,7 +34,7 @@ def train(config: Path, assignments: tuple[str, ...], device: str | None) -> Non
 
 def _train(settings: TrainConfig, device: torch.device) -> None:
     from vitok.bench.timing import matmul_rate
-    from vitok.train.records import CURVES, LOG, SHEETS, lacking
+    from vitok.train.records import CURVES, LOG, SHEETS, draw_curves, lacking
     from vitok.train.trainer import MODEL, Trainer
 
     trainer = Trainer(settings, device)
@@ -63,6 +63,7 @@ def _train(settings: TrainConfig, device: torch.device) -> None:
             display.say(f"skipped {what}")
         fastest = matmul_rate(device, trainer.dtype)  # in operations a second
         trainer.run(on_step)
+    draw_curves(trainer.out)
     click.echo(f"step {trainer.step} of {settings.steps}; averaged model in {trainer.out / MODEL}")
     for what, name in (("log", LOG), ("curves", CURVES), ("reconstructions", SHEETS)):
         if (trainer.out / name).exists():

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from vitok.data.batches import Batch, Batches
@@ -28,6 +28,8 @@ SHOWN = 8
 """Pictures or clips on a sheet of reconstructions."""
 SHOWN_STEP = 2**33
 """They are those of the steps from here on, beyond the steps of any run, so that they do not change with its length."""
+POINTS = 400
+"""Most points of a curve, so that a long one is smooth."""
 
 
 class Pace:
@@ -151,22 +153,19 @@ def draw_curves(out: Path) -> None:
         return
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 7), layout="constrained")
+    figure = Figure(figsize=(7, 6), layout="constrained")
     grid = figure.subplots(3, 1, sharex=True)
-    steps = [int(row["step"]) for row in rows]
-    window = max(1, len(rows) // 50)
+    each = -(-len(rows) // POINTS)
+    points = [rows[i : i + each] for i in range(0, len(rows), each)]
+    steps = [int(point[-1]["step"]) for point in points]
     for axes, name, label in zip(grid, ("loss", "psnr", "lr"), ("loss", "PSNR, dB", "learning rate"), strict=True):
-        values = np.array([float(row[name]) for row in rows])
-        axes.plot(steps, values, color="#8d99ae" if window > 1 else "#30638e", linewidth=0.8)
-        if window > 1:
-            means = np.convolve(values, np.full(window, 1 / window), "valid")
-            axes.plot(steps[window - 1 :], means, color="#30638e", label=f"mean of {window} rows")
-            axes.legend(fontsize=6)
-        if name == "loss" and values.min() > 0:
+        values = [fmean(float(row[name]) for row in point) for point in points]
+        axes.plot(steps, values, color="#30638e", linewidth=1)
+        if name == "loss" and min(values) > 0:
             axes.set_yscale("log")
         axes.set_ylabel(label, fontsize=8)
         axes.tick_params(labelsize=6, which="both")
-    grid[-1].set_xlabel("steps", fontsize=8)
+    grid[-1].set_xlabel("steps" if each == 1 else f"steps; a point is the mean of {each} rows of the log", fontsize=8)
     with atomic_path(out / CURVES) as path:
         figure.savefig(path, dpi=110)
 

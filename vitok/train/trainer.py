@@ -32,7 +32,7 @@ from vitok.train.init import init_from_pca
 from vitok.train.losses import perceptual_loss, pixel_loss, predicted_frames, target_frames
 from vitok.train.optimizer import make_optimizer, set_optimizer_step
 from vitok.train.parallel import Ranks, averaging, local, replicated, sharded, whole
-from vitok.train.records import Pace, Records, draw_curves
+from vitok.train.records import Pace, Records
 
 MODEL, FAILED = "model", "failed"
 HOW = (
@@ -150,8 +150,6 @@ class Trainer:
                 records.show(self.step, self.data, self.reconstruct)
                 if last:
                     break
-        if self.ranks.rank == 0:
-            draw_curves(self.out)
 
     def train_step(self, batch: Batch, step: int) -> dict[str, float]:
         """One update on this rank's part of a batch of pictures or clips.
