@@ -182,7 +182,7 @@ def test_sheets_show_the_same_samples_by_the_averaged_model(config, monkeypatch)
     sizes = sizes_of(run.out / "reconstructions")
     assert list(sizes) == ["00000002.png", "00000004.png", "00000005.png"] and len(set(sizes.values())) == 1
     width, height = sizes["00000002.png"]
-    assert 512 < width <= 2048 and 256 < height < 1024
+    assert 8 * 128 < width <= 8 * 128 + 160 and 2 * 128 < height < 4 * 128, "two rows of four pairs"
     first, second, third = (pairs[i : i + 8] for i in (0, 8, 16))
     for a, b, c in zip(first, second, third, strict=True):
         assert torch.equal(a[0], b[0]) and torch.equal(a[0], c[0])

@@ -122,7 +122,7 @@ class Records(AbstractContextManager["Records"]):
             return
         self._samples = self._samples or [data.first(SHOWN_STEP + i, 1) for i in range(SHOWN)]
         side = min(max(self.config.crop, 128), 256)
-        sheet = ContactSheet(cell=(side, side))
+        sheet = ContactSheet(cell=(side, side), max_width=8 * side + 160)  # four pairs in a row
         for sample in self._samples:
             original, found, (name,) = sample.clips[0], reconstruct(sample.clips)[0], sample.names
             ends = {", first frame": 0, ", last frame": -1} if len(original) > 1 else {"": 0}
@@ -165,6 +165,7 @@ def draw_curves(out: Path) -> None:
             axes.set_yscale("log")
         axes.set_ylabel(label, fontsize=8)
         axes.tick_params(labelsize=6, which="both")
+        axes.yaxis.offsetText.set_fontsize(6)
     grid[-1].set_xlabel("steps" if each == 1 else f"steps; a point is the mean of {each} rows of the log", fontsize=8)
     with atomic_path(out / CURVES) as path:
         figure.savefig(path, dpi=110)
