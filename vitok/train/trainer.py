@@ -39,7 +39,7 @@ HOW = (
     "out", "steps", "workers", "save_every", "log_every", "sample_every", "perceptual_weights", "parallel",
     "accumulate", "checkpointing", "compile", "optimizer",
 )  # fmt: skip
-"""Fields that a run may go on with other values of: where it lives, how long it is, how it is fed, computed and seen."""
+"""Fields that a run may go on with other values of: where and how long it is, how it is fed, computed and seen."""
 
 
 class Trainer:
