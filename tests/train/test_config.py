@@ -85,6 +85,8 @@ def test_a_mixture(tmp_path):
         ({"batch": 0}, "'batch' must lie between"),
         ({"crop": -1}, "'crop' must lie between"),
         ({"save_every": 0}, "'save_every' must lie between"),
+        ({"log_every": 0}, "'log_every' must lie between 1"),
+        ({"sample_every": -1}, "'sample_every' must lie between 0"),
         ({"seed": -1}, "'seed' must lie between 0"),
         ({"seed": 2**32}, "'seed' must lie between 0"),
         ({"workers": -1}, "'workers' must lie between 0"),
