@@ -72,9 +72,9 @@ Rows = list[dict[str, str]]
 
 
 def results(kind: str) -> list[Rows]:
-    """The rows of every file of a kind that `vitok bench` wrote, a file a device."""
+    """The rows of every file of a kind that `vitok bench` wrote, a file a device; those of `make bench-large` after."""
     found = []
-    for path in sorted(RESULTS.glob(f"{kind}-*.csv")):
+    for path in (*sorted(RESULTS.glob(f"{kind}-*.csv")), *sorted(RESULTS.glob(f"large/{kind}-*.csv"))):
         with open(path, newline="") as file:
             found.append(list(csv.DictReader(file)))
     return [rows for rows in found if rows]
