@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 
 import vitok
 
@@ -256,6 +257,96 @@ def cuda_kernels() -> str:
     return "\n".join(lines)
 
 
+def findings(finding: str) -> Rows:
+    """The rows of one finding that `benchmarks/findings.py` wrote."""
+    path = RESULTS / "findings.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if row["finding"] == finding]
+
+
+def over_seeds(values: Iterable[float], style: str = ".2f") -> str:
+    """Mean and, of several, the lowest and the highest."""
+    numbers = sorted(values)
+    if not numbers:
+        return "-"
+    spread = f" ({numbers[0]:{style}} to {numbers[-1]:{style}})" if len(numbers) > 1 else ""
+    return f"{fmean(numbers):{style}}{spread}"
+
+
+STARTS = ("PCA", "pca", "random")  # PCA: not trained at all
+
+
+def law() -> dict[tuple[int, int], dict[str, dict[str, float]]]:
+    """PSNR by (patch, channels), then by how the run started, then by seed."""
+    found: dict[tuple[int, int], dict[str, dict[str, float]]] = defaultdict(lambda: {name: {} for name in STARTS})
+    for row in findings("law"):
+        start = row["init"] if int(row["steps"]) else "PCA"
+        found[int(row["patch"]), int(row["channels"])][start][row["seed"]] = float(row["psnr"])
+    return dict(sorted(found.items(), key=lambda item: (item[0][1] / item[0][0] ** 2, item[0][0])))
+
+
+def findings_law() -> str:
+    """PSNR over E, with the best linear tokenizer beside it."""
+    lines = [
+        "| E, floats for 256 x 256 | p | c | PCA | trained from PCA | gained | trained from random weights |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (patch, channels), psnr in law().items():
+        gained = [value - base for value in psnr["pca"].values() for base in psnr["PCA"].values()]
+        cells = (*(over_seeds(psnr[name].values()) for name in ("PCA", "pca")), over_seeds(gained, "+.2f"))
+        floats = (256 // patch) ** 2 * channels
+        lines.append(
+            f"| {floats:,} | {patch} | {channels} | {' | '.join(cells)} | {over_seeds(psnr['random'].values())} |"
+        )
+    return "\n".join(lines)
+
+
+def findings_pairs() -> str:
+    """At equal E, what the patches of 16 pixels have over those of 8."""
+    lines = ["| E | p16 minus p8, dB: PCA | trained from PCA | trained from random weights |", "|---|---|---|---|"]
+    found = law()
+    for (patch, channels), large in found.items():
+        small = found.get((8, channels // 4))
+        if patch != 16 or small is None:
+            continue
+        gaps = [
+            over_seeds([large[name][seed] - small[name][seed] for seed in large[name] if seed in small[name]], "+.2f")
+            for name in STARTS
+        ]
+        lines.append(f"| {256 * channels:,} | {' | '.join(gaps)} |")
+    return "\n".join(lines)
+
+
+def findings_sizes() -> str:
+    """What blocks are worth in either stack, seed by seed beside the smallest model."""
+    rows = findings("sizes")
+    groups = defaultdict(dict)
+    for row in rows:
+        groups[int(row["encoder"]), int(row["decoder"])][row["seed"]] = float(row["psnr"])
+    smallest = groups[min(groups)] if groups else {}
+    lines = ["| blocks, encoder + decoder | PSNR dB | over the smallest, same seed |", "|---|---|---|"]
+    for (encoder, decoder), psnr in groups.items():
+        gained = [psnr[seed] - smallest[seed] for seed in psnr if seed in smallest]
+        lines.append(f"| {encoder} + {decoder} | {over_seeds(psnr.values(), '.3f')} | {over_seeds(gained, '+.3f')} |")
+    return "\n".join(lines)
+
+
+def findings_losses() -> str:
+    """The same model by other losses."""
+    lines = ["| loss | beta | PSNR dB | SSIM | VGG-HED distance | KL, nats a float |", "|---|---|---|---|---|---|"]
+    groups = defaultdict(list)
+    for row in findings("losses"):
+        groups[row["pixel_loss"], float(row["eta"]), float(row["beta"])].append(row)
+    for (pixel, eta, beta), rows in groups.items():
+        name = pixel.upper() + (f" + {eta:g} VGG-HED" if eta else "")
+        styles = {"psnr": ".2f", "ssim": ".4f", "vgg_hed": ".4f", "kl": ".2f"}
+        cells = [over_seeds((float(row[column]) for row in rows), style) for column, style in styles.items()]
+        lines.append(f"| {name} | {beta:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "ops": ops,
     "models": models,
@@ -269,8 +360,15 @@ TABLES = {
     "speed": speed,
     "triton_kernels": triton_kernels,
     "cuda_kernels": cuda_kernels,
+    "findings_law": findings_law,
+    "findings_pairs": findings_pairs,
+    "findings_sizes": findings_sizes,
+    "findings_losses": findings_losses,
 }
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "flop-claim", "kernels")))
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "findings", "flop-claim", "kernels")),
+)
 
 
 def generated(text: str) -> str:
