@@ -55,7 +55,7 @@ class Experiment:
     patch: int
     channels: int
     init: str = "pca"
-    steps: int = 300
+    steps: int = 400
     encoder: int = 2  # blocks
     decoder: int = 4
     pixel_loss: str = "l2"
@@ -86,32 +86,35 @@ class Experiment:
         )  # fmt: skip
 
 
-def law(init: str, seed: int, channels: Sequence[int] = (4, 16, 64)) -> list[Experiment]:
-    return [Experiment("law", patch, c, init, seed=seed) for c in channels for patch in (16, 8)]
+def law(init: str, seed: int, channels: Sequence[int] = (4, 16, 64), steps: int = 400) -> list[Experiment]:
+    return [Experiment("law", patch, c, init, steps, seed=seed) for c in channels for patch in (16, 8)]
 
 
-def sizes(seed: int) -> list[Experiment]:
-    return [Experiment("sizes", 16, 16, encoder=e, decoder=d, seed=seed) for e, d in ((2, 2), (2, 6), (6, 2), (6, 6))]
+def sizes(init: str, seed: int) -> list[Experiment]:
+    blocks = ((2, 2), (2, 6), (6, 2))
+    return [Experiment("sizes", 16, 16, init, encoder=e, decoder=d, seed=seed) for e, d in blocks]
 
 
 def losses(seed: int) -> list[Experiment]:
     base = Experiment("losses", 8, 4, steps=150, batch=8, crop=64, seed=seed)
-    changes: tuple[dict[str, object], ...] = (
-        {}, {"eta": 1.0}, {"pixel_loss": "l1"}, {"eta": 0.1}, {"beta": 1e-3}, {"beta": 1e-1}, {"beta": 0.0},
+    changes: tuple[dict[str, Any], ...] = (
+        {}, {"eta": 1.0}, {"pixel_loss": "l1"}, {"beta": 1e-3}, {"beta": 1e-1}, {"eta": 0.1}, {"beta": 0.0},
     )  # fmt: skip
     return [dataclasses.replace(base, **change) for change in changes]
 
 
 EXPERIMENTS = [
-    *(Experiment("law", patch, c, steps=0) for patch in (8, 16) for c in (4, 8, 16, 32, 64)),
+    *law("pca", 0, steps=0),
     *law("pca", 0),
-    *sizes(0),
+    *sizes("pca", 0),
     *losses(0),
     *law("random", 0),
+    *sizes("random", 0),
     *law("pca", 1),
-    *sizes(1),
+    *sizes("pca", 1),
+    *sizes("random", 1),
     *law("random", 1),
-    *sizes(2),
+    *law("pca", 0, (8, 32), steps=0),
     *law("pca", 0, (8, 32)),
 ]
 """The most important first."""
