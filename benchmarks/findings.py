@@ -92,7 +92,7 @@ def law(init: str, seed: int, channels: Sequence[int] = (4, 16, 64), steps: int 
 
 def sizes(init: str, seed: int) -> list[Experiment]:
     blocks = ((2, 2), (2, 6), (6, 2))
-    return [Experiment("sizes", 16, 16, init, encoder=e, decoder=d, seed=seed) for e, d in blocks]
+    return [Experiment("sizes", 16, 4, init, encoder=e, decoder=d, seed=seed) for e, d in blocks]
 
 
 def losses(seed: int) -> list[Experiment]:
@@ -108,11 +108,12 @@ EXPERIMENTS = [
     *law("pca", 0),
     *sizes("pca", 0),
     *losses(0),
-    *law("random", 0),
-    *sizes("random", 0),
-    *law("pca", 1),
     *sizes("pca", 1),
-    *sizes("random", 1),
+    *law("random", 0, (4, 16)),
+    *law("pca", 1, (4, 16)),
+    *law("random", 0, (64,)),
+    *sizes("random", 0),
+    *law("pca", 1, (64,)),
     *law("random", 1),
     *law("pca", 0, (8, 32), steps=0),
     *law("pca", 0, (8, 32)),
@@ -265,7 +266,7 @@ def _sizes(axes: Any, rows: Sequence[Row]) -> None:
     for seed, part in groups.items():
         names = [f"{row['encoder']} + {row['decoder']}" for row in part]
         axes.plot(names, [float(row["psnr"]) for row in part], "o", markersize=4, label=f"seed {seed}")
-    axes.set_title("sizes, p = 16, c = 16", fontsize=9)
+    axes.set_title("sizes, p = 16, c = 4", fontsize=9)
     axes.set_xlabel("blocks, encoder + decoder", fontsize=7)
     if groups:
         axes.legend(fontsize=6)
