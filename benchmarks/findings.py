@@ -104,18 +104,18 @@ def losses(seed: int) -> list[Experiment]:
 
 
 EXPERIMENTS = [
-    *law("pca", 0, steps=0),
+    *law("pca", 0, (4, 8, 16, 32, 64), steps=0),
     *law("pca", 0),
     *sizes("pca", 0),
     *losses(0),
     *sizes("pca", 1),
     *law("random", 0, (4, 16)),
     *law("pca", 1, (4, 16)),
+    *sizes("pca", 2),
+    dataclasses.replace(losses(0)[0], steps=0),
     *law("random", 0, (64,)),
-    *sizes("random", 0),
     *law("pca", 1, (64,)),
     *law("random", 1),
-    *law("pca", 0, (8, 32), steps=0),
     *law("pca", 0, (8, 32)),
 ]
 """The most important first."""

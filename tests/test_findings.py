@@ -73,6 +73,7 @@ def test_every_experiment_has_a_row_a_plot_and_its_place_in_the_tables(command, 
 
 def test_a_run_that_was_stopped_measures_only_what_is_missing(command, findings, tmp_path, monkeypatch):
     trained, train = [], findings.train
+    monkeypatch.setattr(findings, "plot", lambda path, rows: path)
 
     def stop_at_the_third(experiment, *args):
         if len(trained) == 2:
@@ -113,9 +114,10 @@ def test_the_tables_pair_seeds_and_tell_their_spread(tmp_path):
     generate["findings"].__globals__["RESULTS"] = tmp_path
     tables = generate["TABLES"]
     assert (
-        "| 4,096 | 16 | 16 | 20.50 | 21.10 (21.00 to 21.20) | +0.60 (+0.50 to +0.70) | - |" in tables["findings_law"]()
+        "| 4,096 | 16 | 16 | 20.50 | 21.10 (21.00 to 21.20) | +0.60 (+0.50 to +0.70) | - | 26.12 |"
+        in tables["findings_law"]()
     )
-    assert "| 4,096 | - | +0.90 (+0.80 to +1.00) | - |" in tables["findings_pairs"]()
+    assert "| 4,096 | - | +0.90 (+0.80 to +1.00) | - | -0.05 |" in tables["findings_pairs"]()
     assert "| 2 + 6 | 20.400 (20.300 to 20.500) | +0.300 |" in tables["findings_sizes"]()
 
 
