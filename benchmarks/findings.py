@@ -43,6 +43,7 @@ GROUPS = "^[^_]+"  # file names begin with the package they come from; packages 
 SWITCHES = {"final_norm": False, "qk_norm": True, "pixel_bias": "element"}  # what a start from PCA needs; always so
 RATE = {"pca": 1e-3, "random": 2e-3}
 CLIP = {"pca": 0.05, "random": 1.0}
+STARTS = {"pca": "trained from PCA", "random": "trained from random weights"}
 MEASURED = ("psnr", "ssim", "vgg_hed", "kl", "seconds")
 FACTS = ("date", "commit", "torch", "device", "cpu_isa", "threads")
 
@@ -227,7 +228,8 @@ def plot(path: Path, rows: Sequence[Row]) -> Path:
     _law(panels[0], found["law"])
     _sizes(panels[1], found["sizes"])
     _losses(panels[2], [row for row in found["losses"] if row["beta"] == "1e-05"])
-    _divergence(panels[3], [row for row in found["losses"] if row["eta"] == "0.0" and row["pixel_loss"] == "l2"])
+    plain = [row for row in found["losses"] if row["eta"] == "0.0" and row["pixel_loss"] == "l2"]
+    _divergence(panels[3], [row for row in plain if int(row["steps"])])
     for axes in panels:
         axes.set_ylabel("PSNR dB, held-out photographs", fontsize=7)
         axes.tick_params(labelsize=6, which="both")
@@ -241,10 +243,10 @@ def plot(path: Path, rows: Sequence[Row]) -> Path:
 def _law(axes: Any, rows: Sequence[Row]) -> None:
     groups: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        kind = "PCA" if row["steps"] == "0" else f"trained from {row['init']}"
+        kind = STARTS[row["init"]] if int(row["steps"]) else "PCA"
         groups[kind, row["patch"]][int(row["floats"])].append(float(row["psnr"]))
     axes.set_prop_cycle(markersize=[4], linewidth=[0.8])
-    colours = {"PCA": "#8d99ae", "trained from pca": "#d1495b", "trained from random": "#30638e"}
+    colours = {"PCA": "#8d99ae", STARTS["pca"]: "#d1495b", STARTS["random"]: "#30638e"}
     for (kind, patch), points in groups.items():
         xs = sorted(points)
         spread = [[fmean(points[x]) - min(points[x]) for x in xs], [max(points[x]) - fmean(points[x]) for x in xs]]
@@ -275,7 +277,7 @@ def _sizes(axes: Any, rows: Sequence[Row]) -> None:
 def _losses(axes: Any, rows: Sequence[Row]) -> None:
     for row in rows:
         name = row["pixel_loss"].upper() + (f" + {float(row['eta']):g} VGG-HED" if float(row["eta"]) else "")
-        _labelled(axes, float(row["vgg_hed"]), float(row["psnr"]), name)
+        _labelled(axes, float(row["vgg_hed"]), float(row["psnr"]), name if int(row["steps"]) else "PCA, the start")
     axes.set_title("losses, p = 8, c = 4", fontsize=9)
     axes.set_xlabel("VGG-HED distance", fontsize=7)
     axes.margins(0.2)
@@ -286,6 +288,7 @@ def _divergence(axes: Any, rows: Sequence[Row]) -> None:
         _labelled(axes, float(row["kl"]), float(row["psnr"]), f"beta {float(row['beta']):g}")
     axes.set_title("weight of the KL divergence, p = 8, c = 4", fontsize=9)
     axes.set_xlabel("KL divergence, nats a float", fontsize=7)
+    axes.set_xscale("log", base=2)
     axes.margins(0.2)
 
 

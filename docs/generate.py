@@ -343,12 +343,12 @@ def findings_losses() -> str:
     lines = ["| loss | beta | PSNR dB | SSIM | VGG-HED distance | KL, nats a float |", "|---|---|---|---|---|---|"]
     groups = defaultdict(list)
     for row in findings("losses"):
-        groups[row["pixel_loss"], float(row["eta"]), float(row["beta"])].append(row)
-    for (pixel, eta, beta), rows in groups.items():
-        name = pixel.upper() + (f" + {eta:g} VGG-HED" if eta else "")
+        groups[int(row["steps"]), row["pixel_loss"], float(row["eta"]), float(row["beta"])].append(row)
+    for (steps, pixel, eta, beta), rows in groups.items():
+        name = (pixel.upper() + (f" + {eta:g} VGG-HED" if eta else "")) if steps else "PCA, the start"
         styles = {"psnr": ".2f", "ssim": ".4f", "vgg_hed": ".4f", "kl": ".2f"}
         cells = [over_seeds((float(row[column]) for row in rows), style) for column, style in styles.items()]
-        lines.append(f"| {name} | {beta:g} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {f'{beta:g}' if steps else '-'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
