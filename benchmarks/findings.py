@@ -115,9 +115,9 @@ EXPERIMENTS = [
     *sizes("pca", 2),
     dataclasses.replace(losses(0)[0], steps=0),
     *law("random", 0, (64,)),
+    *(Experiment("longer", patch, c, steps=1600) for patch, c in ((16, 16), (8, 4))),
+    *law("random", 1, (4, 16)),
     *law("pca", 1, (64,)),
-    *law("random", 1),
-    *law("pca", 0, (8, 32)),
 ]
 """The most important first."""
 

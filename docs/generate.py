@@ -324,6 +324,20 @@ def findings_pairs() -> str:
     return "\n".join(lines)
 
 
+def findings_longer() -> str:
+    """The pair of 4,096 floats over the steps of training from PCA, seed 0."""
+    lines = ["| steps | p8, c4 | p16, c16 | p16 minus p8, dB |", "|---|---|---|---|"]
+    groups: dict[int, dict[tuple[str, str], float]] = defaultdict(dict)
+    for row in findings("law") + findings("longer"):
+        if row["init"] == "pca" and row["seed"] == "0":
+            groups[int(row["steps"])][row["patch"], row["channels"]] = float(row["psnr"])
+    for steps, psnr in sorted(groups.items()):
+        small, large = psnr.get(("8", "4")), psnr.get(("16", "16"))
+        if small is not None and large is not None:
+            lines.append(f"| {steps:,} | {small:.2f} | {large:.2f} | {large - small:+.2f} |")
+    return "\n".join(lines)
+
+
 def findings_sizes() -> str:
     """What blocks are worth in either stack, seed by seed beside the smallest model."""
     rows = findings("sizes")
@@ -367,6 +381,7 @@ TABLES = {
     "cuda_kernels": cuda_kernels,
     "findings_law": findings_law,
     "findings_pairs": findings_pairs,
+    "findings_longer": findings_longer,
     "findings_sizes": findings_sizes,
     "findings_losses": findings_losses,
 }

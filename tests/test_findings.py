@@ -121,6 +121,7 @@ def test_the_tables_pair_seeds_and_tell_their_spread(tmp_path):
         in tables["findings_law"]()
     )
     assert "| 4,096 | - | +0.90 (+0.80 to +1.00) | - | -0.05 |" in tables["findings_pairs"]()
+    assert "| 9 | 20.00 | 21.00 | +1.00 |" in tables["findings_longer"]()
     assert "| 2 + 6 | 20.400 (20.300 to 20.500) | +0.300 |" in tables["findings_sizes"]()
 
 
