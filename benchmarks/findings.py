@@ -91,15 +91,15 @@ def law(init: str, seed: int, channels: Sequence[int] = (4, 16, 64), steps: int 
     return [Experiment("law", patch, c, init, steps, seed=seed) for c in channels for patch in (16, 8)]
 
 
-def sizes(init: str, seed: int) -> list[Experiment]:
-    blocks = ((2, 2), (2, 6), (6, 2))
-    return [Experiment("sizes", 16, 4, init, encoder=e, decoder=d, seed=seed) for e, d in blocks]
+def sizes(seed: int) -> list[Experiment]:
+    return [Experiment("sizes", 16, 4, encoder=e, decoder=d, seed=seed) for e, d in ((2, 2), (2, 6), (6, 2))]
 
 
 def losses(seed: int) -> list[Experiment]:
     base = Experiment("losses", 8, 4, steps=150, batch=8, crop=64, seed=seed)
     changes: tuple[dict[str, Any], ...] = (
-        {}, {"eta": 1.0}, {"pixel_loss": "l1"}, {"beta": 1e-3}, {"beta": 1e-1}, {"eta": 0.1}, {"beta": 0.0},
+        {"steps": 0}, {}, {"pixel_loss": "l1"}, {"eta": 0.1}, {"eta": 1.0}, {"beta": 0.0}, {"beta": 1e-3},
+        {"beta": 1e-1},
     )  # fmt: skip
     return [dataclasses.replace(base, **change) for change in changes]
 
@@ -107,15 +107,13 @@ def losses(seed: int) -> list[Experiment]:
 EXPERIMENTS = [
     *law("pca", 0, (4, 8, 16, 32, 64), steps=0),
     *law("pca", 0),
-    *sizes("pca", 0),
+    *sizes(0),
     *losses(0),
-    *sizes("pca", 1),
-    *law("random", 0, (4, 16)),
+    *sizes(1),
+    *law("random", 0),
     *law("pca", 1, (4, 16)),
-    *sizes("pca", 2),
-    dataclasses.replace(losses(0)[0], steps=0),
+    *sizes(2),
     *(Experiment("longer", patch, c, steps=800) for patch, c in ((8, 4), (16, 16))),
-    *law("random", 0, (64,)),
 ]
 """The most important first."""
 
