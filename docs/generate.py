@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 
 import vitok
 
@@ -276,6 +277,115 @@ def cuda_kernels() -> str:
     return "\n".join(lines)
 
 
+def findings(finding: str) -> Rows:
+    """The rows of one finding that `benchmarks/findings.py` wrote."""
+    path = RESULTS / "findings.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if row["finding"] == finding]
+
+
+def over_seeds(values: Iterable[float], style: str = ".2f") -> str:
+    """Mean and, of several, the lowest and the highest."""
+    numbers = sorted(values)
+    if not numbers:
+        return "-"
+    spread = f" ({numbers[0]:{style}} to {numbers[-1]:{style}})" if len(numbers) > 1 else ""
+    return f"{fmean(numbers):{style}}{spread}"
+
+
+STARTS = ("PCA", "pca", "random")  # PCA: not trained at all
+PAPER = {
+    (8, 4): 26.17, (8, 8): 28.34, (8, 16): 30.95, (8, 32): 35.11, (8, 64): 39.94,
+    (16, 4): 22.82, (16, 8): 24.29, (16, 16): 26.12, (16, 32): 28.12, (16, 64): 30.55,
+}  # fmt: skip
+"""PSNR of S-B/p on ImageNet at 256 pixels by (p, c), read off the paper's vector figure."""
+
+
+def law() -> dict[tuple[int, int], dict[str, dict[str, float]]]:
+    """PSNR by (patch, channels), then by how the run started, then by seed."""
+    found: dict[tuple[int, int], dict[str, dict[str, float]]] = defaultdict(lambda: {name: {} for name in STARTS})
+    for row in findings("law"):
+        start = row["init"] if int(row["steps"]) else "PCA"
+        found[int(row["patch"]), int(row["channels"])][start][row["seed"]] = float(row["psnr"])
+    return dict(sorted(found.items(), key=lambda item: (item[0][1] / item[0][0] ** 2, item[0][0])))
+
+
+def findings_law() -> str:
+    """PSNR over E, with the best linear tokenizer beside it."""
+    headings = ("E", "p", "c", "PCA", "trained from PCA", "gained", "trained from random weights", "the paper's S-B")
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for (patch, channels), psnr in law().items():
+        gained = [value - base for value in psnr["pca"].values() for base in psnr["PCA"].values()]
+        before, after, other = (over_seeds(psnr[name].values()) for name in STARTS)
+        cells = (before, after, over_seeds(gained, "+.2f"), other, f"{PAPER[patch, channels]:.2f}")
+        lines.append(f"| {(256 // patch) ** 2 * channels:,} | {patch} | {channels} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def findings_pairs() -> str:
+    """At equal E, what the patches of 16 pixels have over those of 8."""
+    lines = [
+        "| E | p16 minus p8, dB: PCA | trained from PCA | trained from random weights | the paper's S-B |",
+        "|---|---|---|---|---|",
+    ]
+    found = law()
+    for (patch, channels), large in found.items():
+        small = found.get((8, channels // 4))
+        if patch != 16 or small is None:
+            continue
+        gaps = [
+            over_seeds([large[name][seed] - small[name][seed] for seed in large[name] if seed in small[name]], "+.2f")
+            for name in STARTS
+        ]
+        paper = PAPER[16, channels] - PAPER[8, channels // 4]
+        lines.append(f"| {256 * channels:,} | {' | '.join(gaps)} | {paper:+.2f} |")
+    return "\n".join(lines)
+
+
+def findings_longer() -> str:
+    """The pair of 4,096 floats over the steps of training from PCA, seed 0."""
+    lines = ["| steps | p8, c4 | p16, c16 | p16 minus p8, dB |", "|---|---|---|---|"]
+    groups: dict[int, dict[tuple[str, str], float]] = defaultdict(dict)
+    for row in findings("law") + findings("longer"):
+        if row["init"] == "pca" and row["seed"] == "0":
+            groups[int(row["steps"])][row["patch"], row["channels"]] = float(row["psnr"])
+    for steps, psnr in sorted(groups.items()):
+        small, large = psnr.get(("8", "4")), psnr.get(("16", "16"))
+        if small is not None and large is not None:
+            lines.append(f"| {steps:,} | {small:.2f} | {large:.2f} | {large - small:+.2f} |")
+    return "\n".join(lines)
+
+
+def findings_sizes() -> str:
+    """What blocks are worth in either stack, seed by seed beside the smallest model."""
+    rows = findings("sizes")
+    groups = defaultdict(dict)
+    for row in rows:
+        groups[int(row["encoder"]), int(row["decoder"])][row["seed"]] = float(row["psnr"])
+    smallest = groups[min(groups)] if groups else {}
+    lines = ["| blocks, encoder + decoder | PSNR dB | over the smallest, same seed |", "|---|---|---|"]
+    for (encoder, decoder), psnr in groups.items():
+        gained = [psnr[seed] - smallest[seed] for seed in psnr if seed in smallest]
+        lines.append(f"| {encoder} + {decoder} | {over_seeds(psnr.values(), '.3f')} | {over_seeds(gained, '+.3f')} |")
+    return "\n".join(lines)
+
+
+def findings_losses() -> str:
+    """The same model by other losses."""
+    lines = ["| loss | beta | PSNR dB | SSIM | VGG-HED distance | KL, nats a float |", "|---|---|---|---|---|---|"]
+    groups = defaultdict(list)
+    for row in findings("losses"):
+        groups[int(row["steps"]), row["pixel_loss"], float(row["eta"]), float(row["beta"])].append(row)
+    for (steps, pixel, eta, beta), rows in groups.items():
+        name = (pixel.upper() + (f" + {eta:g} VGG-HED" if eta else "")) if steps else "PCA, the start"
+        styles = {"psnr": ".2f", "ssim": ".4f", "vgg_hed": ".4f", "kl": ".2f"}
+        cells = [over_seeds((float(row[column]) for row in rows), style) for column, style in styles.items()]
+        lines.append(f"| {name} | {f'{beta:g}' if steps else '-'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "ops": ops,
     "models": models,
@@ -290,11 +400,16 @@ TABLES = {
     "speed": speed,
     "triton_kernels": triton_kernels,
     "cuda_kernels": cuda_kernels,
+    "findings_law": findings_law,
+    "findings_pairs": findings_pairs,
+    "findings_longer": findings_longer,
+    "findings_sizes": findings_sizes,
+    "findings_losses": findings_losses,
 }
 DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "vitok" / "weights" / "demo" / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "flop-claim", "kernels")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "findings", "flop-claim", "kernels")),
 )
 
 
