@@ -76,6 +76,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     try:
+        Ranks.current().wait()  # lest one leave for a wrong argument while others still connect to it
         yield device
     finally:
         dist.destroy_process_group()
