@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,102 +18,13 @@ from vitok.bottlenecks import GaussianPosterior, PointPosterior
 from vitok.config import ViTokConfig
 from vitok.layers import ParallelBlock, Places, SerialBlock
 
-# --- The published formulas, in the conventions of the published weights: interleaved pairs, their order of rows. ---
-
-
-def interleaved(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate channels 2i and 2i + 1 of x [B, heads, L, n] by angles [L, n / 2]."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack(
-        (even * angles.cos() - odd * angles.sin(), odd * angles.cos() + even * angles.sin()), -1
-    ).flatten(-2)
-
-
-def frequencies(channels: int) -> Tensor:
-    return 10000.0 ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-
-
-def rotate_1d(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """By the flattened token index."""
-    return interleaved(x, torch.arange(math.prod(grid)).double()[:, None] * frequencies(x.shape[-1]))
-
-
-def rotate_2d(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The first half of the head by the row, the second by the column."""
-    index, half = torch.arange(math.prod(grid)), x.shape[-1] // 2
-    places = (index // grid[1], index % grid[1])
-    parts = [
-        interleaved(part, at.double()[:, None] * frequencies(half))
-        for part, at in zip(x.chunk(2, -1), places, strict=True)
-    ]
-    return torch.cat(parts, -1)
-
-
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    weights = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1)
-    return (weights @ v).transpose(1, 2).flatten(2)
-
-
-def heads_of(x: Tensor, heads: int) -> list[Tensor]:
-    """q, k, v [B, heads, L, d] of a projection [B, L, 3 * heads * d] ordered q | k | v."""
-    batch, tokens, width = x.shape
-    return list(x.view(batch, tokens, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4))
-
-
-def rms(x: Tensor, weight: Tensor) -> Tensor:
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * weight
+plain = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("plain_formulas.py"))))
 
 
 def whole_block(block, x: Tensor, table: Tensor) -> Tensor:
     """A block with its last branch added, which in a stack is left to the next norm."""
     x, (out, scale) = block(x, None, Places(table))
     return x + (out if scale is None else out * scale)
-
-
-def author_v1_block(x: Tensor, w: dict[str, Tensor], heads: int, grid: tuple[int, int]) -> Tensor:
-    h = F.layer_norm(x, x.shape[-1:], w["norm1.weight"], w["norm1.bias"], 1e-5)
-    q, k, v = heads_of(h @ w["attn.qkv.weight"].T, heads)
-    mixed = softmax_attention(rotate_1d(q, grid), rotate_1d(k, grid), v)
-    x = x + mixed @ w["attn.proj.weight"].T + w["attn.proj.bias"]
-    h = F.layer_norm(x, x.shape[-1:], w["norm2.weight"], w["norm2.bias"], 1e-5)
-    gate, up = (h @ w[f"mlp.{name}.weight"].T + w[f"mlp.{name}.bias"] for name in ("fc1", "fc2"))
-    gelu = 0.5 * gate * (1 + torch.erf(gate / math.sqrt(2)))
-    return x + (gelu * up) @ w["mlp.fc3.weight"].T + w["mlp.fc3.bias"]
-
-
-def v2_block(x: Tensor, w: dict[str, Tensor], heads: int, grid: tuple[int, int]) -> Tensor:
-    h = rms(x, w["norm1.weight"])
-    q, k, v = heads_of(h @ w["attn.qkv_proj.weight"].T, heads)
-    q, k = (rotate_2d(rms(t, w[f"attn.norm_{name}.weight"]), grid) for t, name in ((q, "q"), (k, "k")))
-    attention = softmax_attention(q, k, v) @ w["attn.out_proj.weight"].T
-    value, gate = (h @ w["ffn.fc1.weight"].T).chunk(2, -1)
-    feed_forward = (gate / (1 + torch.exp(-gate)) * value) @ w["ffn.fc2.weight"].T
-    return x + w["layer_scale.gamma"] * (attention + feed_forward)
-
-
-def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    return {
-        key: torch.randn(shape, dtype=torch.float64) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.3)
-        + (1.0 if "norm" in key and key.endswith("weight") else 0.0)
-        for key, shape in shapes.items()
-    }
-
-
-def author_v1_weights(width: int, hidden: int) -> dict[str, Tensor]:
-    vectors = ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "attn.proj.bias", "mlp.fc3.bias")
-    return random_weights({
-        **{key: (width,) for key in vectors}, "mlp.fc1.bias": (hidden,), "mlp.fc2.bias": (hidden,),
-        "attn.qkv.weight": (3 * width, width), "attn.proj.weight": (width, width), "mlp.fc1.weight": (hidden, width),
-        "mlp.fc2.weight": (hidden, width), "mlp.fc3.weight": (width, hidden),
-    })  # fmt: skip
-
-
-def v2_weights(width: int, hidden: int, heads: int) -> dict[str, Tensor]:
-    return random_weights({
-        "norm1.weight": (width,), "attn.norm_q.weight": (width // heads,), "attn.norm_k.weight": (width // heads,),
-        "attn.qkv_proj.weight": (3 * width, width), "attn.out_proj.weight": (width, width),
-        "ffn.fc1.weight": (2 * hidden, width), "ffn.fc2.weight": (width, hidden), "layer_scale.gamma": (width,),
-    })  # fmt: skip
 
 
 # --- From their rows to ours: pairs move from neighbours to halves apart, the gate comes before the value. ---
@@ -158,10 +72,10 @@ def exact_table(kind: str, grid: tuple[int, int], head_dim: int) -> Tensor:
     """The rotary table in float64, so that nothing but the block's own arithmetic is compared."""
     index = torch.arange(math.prod(grid)).double()[:, None]
     if kind == "1d":
-        angles = index * frequencies(head_dim)
+        angles = index * plain.frequencies(head_dim)
     else:
         rows, columns = index // grid[1], index % grid[1]
-        angles = torch.cat((rows * frequencies(head_dim // 2), columns * frequencies(head_dim // 2)), -1)
+        angles = torch.cat((rows * plain.frequencies(head_dim // 2), columns * plain.frequencies(head_dim // 2)), -1)
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -176,10 +90,10 @@ def test_author_v1_block_equals_its_formula(head_dim):
         "S-B/16", preset="author-v1", encoder_width=width, encoder_heads=heads, encoder_hidden=hidden
     )
     block = SerialBlock(config, config.encoder).double()
-    weights = author_v1_weights(width, hidden)
+    weights = plain.author_v1_weights(width, hidden)
     block.load_state_dict(ours_from_author_v1(weights, heads))
     x = torch.randn(2, math.prod(GRID), width, dtype=torch.float64)
-    expected = author_v1_block(x, weights, heads, GRID)
+    expected = plain.author_v1_block(x, weights, heads, GRID)
     assert (expected - x).abs().max() > 0.5, "the block must do something"
     torch.testing.assert_close(
         whole_block(block, x, exact_table("1d", GRID, head_dim)), expected, rtol=1e-12, atol=1e-12
@@ -193,10 +107,10 @@ def test_v2_block_equals_its_formula():
         "L-L/16", preset="v2", encoder_width=width, encoder_heads=heads, encoder_hidden=hidden
     )
     block = ParallelBlock(config, config.encoder).double()
-    weights = v2_weights(width, hidden, heads)
+    weights = plain.v2_weights(width, hidden, heads)
     block.load_state_dict(ours_from_v2(weights, heads))
     x = torch.randn(2, math.prod(GRID), width, dtype=torch.float64)
-    expected = v2_block(x, weights, heads, GRID)
+    expected = plain.v2_block(x, weights, heads, GRID)
     assert (expected - x).abs().max() > 0.1, "the block must do something"
     torch.testing.assert_close(
         whole_block(block, x, exact_table("2d", GRID, head_dim)), expected, rtol=1e-12, atol=1e-12
@@ -223,8 +137,8 @@ def test_paper_block_equals_its_formula():
     x = torch.randn(1, math.prod(grid), heads * d, dtype=torch.float64)
     w = dict(block.named_parameters())
     h = F.layer_norm(x, x.shape[-1:], w["attention_norm.weight"], w["attention_norm.bias"], 1e-5)
-    q, k, v = heads_of(h @ w["attention.qkv.weight"].T, heads)
-    y = x + softmax_attention(turned(q), turned(k), v) @ w["attention.proj.weight"].T
+    q, k, v = plain.heads_of(h @ w["attention.qkv.weight"].T, heads)
+    y = x + plain.softmax_attention(turned(q), turned(k), v) @ w["attention.proj.weight"].T
     h = F.layer_norm(y, x.shape[-1:], w["feed_forward_norm.weight"], w["feed_forward_norm.bias"], 1e-5)
     gate, up = (h @ w["feed_forward.gate_up.weight"].T).chunk(2, -1)
     expected = y + (gate * gate.sigmoid() * up) @ w["feed_forward.down.weight"].T
@@ -237,14 +151,14 @@ def test_author_v1_model_equals_its_formula(pixels):
     sizes = {f"{s}_{k}": v for s in ("encoder", "decoder") for k, v in
              {"width": width, "heads": heads, "hidden": hidden, "depth": depth}.items()}  # fmt: skip
     model = vitok.create_model("S-B/8", preset="author-v1", channels=c, dtype=torch.float64, **sizes).eval()
-    outer = random_weights({
+    outer = plain.random_weights({
         "tubelet_embed.proj.weight": (width, 3, 1, p, p), "tubelet_embed.proj.bias": (width,),
         "encoder.norm.weight": (width,), "encoder.norm.bias": (width,), "decoder.norm.weight": (width,),
         "decoder.norm.bias": (width,), "encoder_to_code.weight": (2 * c, width), "encoder_to_code.bias": (2 * c,),
         "code_to_decoder.weight": (width, c), "code_to_decoder.bias": (width,),
         "tubelet_decode.proj.weight": (width, 3, 1, p, p), "tubelet_decode.proj.bias": (3,),
     })  # fmt: skip
-    blocks = {side: [author_v1_weights(width, hidden) for _ in range(depth)] for side in ("encoder", "decoder")}
+    blocks = {side: [plain.author_v1_weights(width, hidden) for _ in range(depth)] for side in ("encoder", "decoder")}
     state = {
         "encoder.embed.weight": outer["tubelet_embed.proj.weight"].permute(0, 2, 3, 4, 1).flatten(1),
         "encoder.embed.bias": outer["tubelet_embed.proj.bias"],
@@ -266,7 +180,7 @@ def test_author_v1_model_equals_its_formula(pixels):
 
     def run(x: Tensor, side: str) -> Tensor:
         for weights in blocks[side]:
-            x = author_v1_block(x, weights, heads, GRID)
+            x = plain.author_v1_block(x, weights, heads, GRID)
         return F.layer_norm(x, x.shape[-1:], outer[f"{side}.norm.weight"], outer[f"{side}.norm.bias"], 1e-5)
 
     clip = (picture.double() / 127.5 - 1)[:, :, None]
@@ -300,10 +214,10 @@ def test_v2_model_equals_its_formula(pixels):
         "decoder_embed": (width, c),
         "to_pixels": (3 * p * p, width),
     }
-    outer = random_weights(
+    outer = plain.random_weights(
         {f"{k}.weight": s for k, s in linear.items()} | {f"{k}.bias": s[:1] for k, s in linear.items()}
     )
-    blocks = {side: [v2_weights(width, hidden, heads) for _ in range(depth)] for side in ("encoder", "decoder")}
+    blocks = {side: [plain.v2_weights(width, hidden, heads) for _ in range(depth)] for side in ("encoder", "decoder")}
 
     def patch_order(rows: Tensor) -> Tensor:
         return rows.unflatten(0, (3, p, p)).movedim(0, 2).flatten(0, 2)
@@ -327,12 +241,12 @@ def test_v2_model_equals_its_formula(pixels):
     padded = F.pad(picture.double() / 127.5 - 1, (0, 2, 0, 3))
     x = F.unfold(padded, p, stride=p).mT @ outer["patch_embed.weight"].T + outer["patch_embed.bias"]
     for weights in blocks["encoder"]:
-        x = v2_block(x, weights, heads, GRID)
+        x = plain.v2_block(x, weights, heads, GRID)
     x = x @ outer["to_code.weight"].T + outer["to_code.bias"]
     code = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-6)
     x = code @ outer["decoder_embed.weight"].T + outer["decoder_embed.bias"]
     for weights in blocks["decoder"]:
-        x = v2_block(x, weights, heads, GRID)
+        x = plain.v2_block(x, weights, heads, GRID)
     patches = (x @ outer["to_pixels.weight"].T + outer["to_pixels.bias"]).mT
     decoded = F.fold(patches, (24, 32), p, stride=p)[:, :, :21, :30]
 

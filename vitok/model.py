@@ -87,11 +87,11 @@ class ViTok(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.encoder.embed.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.encoder.embed.weight.dtype
+        return next(self.parameters()).dtype
 
     def reset_parameters(self) -> None:
         """Xavier-uniform matrices, zero biases; norms and LayerScale keep the values they are made with."""

@@ -4,6 +4,7 @@ import re
 import signal
 import sys
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,11 @@ def test_train_and_go_on(vitok, run, tmp_path):
     result = vitok("train", run, "--device", "cpu")
     assert result.code == 0, result
     assert "M parameters, 2 pictures, step 0 of 3" in result.err
-    assert result.out == f"step 3 of 3; averaged model in {tmp_path / 'run' / 'model'}\n"
+    out = tmp_path / "run"
+    told = [f"step 3 of 3; averaged model in {out / 'model'}", f"log in {out / 'log.csv'}"]
+    curves = [f"curves in {out / 'curves.png'}"] if find_spec("matplotlib") else []
+    assert result.out.splitlines() == [*told, *curves, f"reconstructions in {out / 'reconstructions'}"]
+    assert bool(curves) == (out / "curves.png").exists() and (out / "reconstructions" / "00000003.png").exists()
     first = package.load(tmp_path / "run" / "model").state_dict()
     longer = vitok("train", run, "steps=5")
     assert longer.code == 0 and "step 3 of 5" in longer.err and "step 5 of 5" in longer.out
@@ -42,6 +47,33 @@ def test_train_and_go_on(vitok, run, tmp_path):
     assert any(not torch.equal(first[key], second[key]) for key in first)
     again = vitok("train", run, "steps=5")
     assert again.code == 0 and "step 5 of 5" in again.out
+
+
+def test_the_progress_of_training(vitok, run, monkeypatch):
+    from vitok.train import trainer
+
+    metrics = {
+        "loss": 0.0123456, "psnr": 23.456, "kl": 1.0, "lr": 1e-4, "data_wait": 4.4, "images_per_s": 12.345,
+        "operations_per_s": 4e11, "skipped": 0,
+    }  # fmt: skip
+    rates = []
+    monkeypatch.setattr("vitok.bench.timing.matmul_rate", lambda device, dtype: rates.append(dtype) or 1e12)
+    monkeypatch.setattr("vitok.cli.progress.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(trainer.Trainer, "run", lambda self, on_step: on_step(1, metrics))
+    result = vitok("train", run, "precision=bf16", "out=elsewhere")
+    assert "loss 0.01235 psnr 23.46 dB 12.3 images/s 40% of matmul wait 4%" in result.err, result
+    assert rates == [torch.bfloat16] and result.out.splitlines() == ["step 0 of 3; averaged model in elsewhere/model"]
+
+
+def test_train_says_which_packages_are_missing(vitok, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("vitok.train.records.find_spec", lambda name: None)
+    result = vitok("train", run)
+    assert result.code == 0 and "curves" not in result.out
+    assert [line for line in result.err.splitlines() if line.startswith("skipped ")] == [
+        "skipped TensorBoard: not installed (pip install tensorboard)",
+        "skipped curves.png: matplotlib is not installed (pip install matplotlib)",
+    ]
 
 
 def test_train_says_what_it_leaves_out(vitok, run, tmp_path):

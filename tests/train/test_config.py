@@ -39,15 +39,20 @@ def test_ready_files_load_and_name_a_model(path):
     ViTokConfig.from_name(config.model, preset=config.preset, channels=config.channels, **config.overrides)
 
 
-def test_the_papers_settings():
-    first, second = (TrainConfig.load(EXAMPLES / f"paper-stage{stage}.yaml") for stage in (1, 2))
+@pytest.mark.parametrize(
+    ("kind", "model", "crop", "frames", "batches"),
+    [("paper", "S-B/16", 256, 1, (1024, 256)), ("paper-video", "S-B/4x8", 128, 16, (256, 128))],
+)
+def test_the_papers_settings(kind, model, crop, frames, batches):
+    first, second = (TrainConfig.load(EXAMPLES / f"{kind}-stage{stage}.yaml") for stage in (1, 2))
     for config in (first, second):
-        assert (config.model, config.channels, config.crop, config.steps) == ("S-B/16", 16, 256, 100_000)
+        assert (config.model, config.channels, config.crop, config.steps) == (model, 16, crop, 100_000)
         assert (config.pixel_loss, config.beta, config.perceptual, config.eta) == ("l2", 1e-3, "lpips", 1.0)
         assert (config.betas, config.weight_decay, config.grad_clip) == ((0.9, 0.95), 1e-4, 1.0)
-        assert config.learning_rate == pytest.approx(1e-4 * config.batch / 256)
-    assert (first.stage, first.batch, first.ema) == (1, 1024, 0)
-    assert (second.stage, second.batch, second.ema, second.adversarial_weight) == (2, 256, 0.9999, 0.05)
+        assert config.learning_rate == pytest.approx(1e-4 * config.batch * frames / 256)
+        assert frames == 1 or config.frames == frames
+    assert (first.stage, first.batch, first.ema) == (1, batches[0], 0)
+    assert (second.stage, second.batch, second.ema, second.adversarial_weight) == (2, batches[1], 0.9999, 0.05)
     assert (second.discriminator_learning_rate, second.discriminator_warmup) == (2e-5, 25_000)
     assert second.init == str(Path(first.out) / "model")
 
@@ -85,6 +90,8 @@ def test_a_mixture(tmp_path):
         ({"batch": 0}, "'batch' must lie between"),
         ({"crop": -1}, "'crop' must lie between"),
         ({"save_every": 0}, "'save_every' must lie between"),
+        ({"log_every": 0}, "'log_every' must lie between 1"),
+        ({"sample_every": -1}, "'sample_every' must lie between 0"),
         ({"seed": -1}, "'seed' must lie between 0"),
         ({"seed": 2**32}, "'seed' must lie between 0"),
         ({"workers": -1}, "'workers' must lie between 0"),

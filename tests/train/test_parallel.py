@@ -53,7 +53,7 @@ def test_two_ranks_equal_one(config, second_stage, on_two, tmp_path):
     # At a small rate AdamW does not turn the rounding of a zero gradient, such as that of a key's bias, into a step.
     first = {"learning_rate": 1e-5, "beta": 1e-2, "steps": 4, "batch": 8, "latent_noise": 0.5}
     second = {"learning_rate": 1e-5, "discriminator_learning_rate": 1e-5, "steps": 3, "perceptual": "none"}
-    kinds = {"ddp": {}, "fsdp": {"parallel": "fsdp"}, "parts": {"parallel": "fsdp", "accumulate": 2}}
+    kinds = {"ddp": {}, "fsdp": {"parallel": "fsdp", "sample_every": 1}, "parts": {"parallel": "fsdp", "accumulate": 2}}
     runs = {
         **{f"first-{kind}": config(f"first-{kind}", **first, **fields) for kind, fields in kinds.items()},
         **{f"second-{kind}": second_stage(f"second-{kind}", **second, **kinds[kind]) for kind in ("ddp", "fsdp")},
@@ -65,6 +65,8 @@ def test_two_ranks_equal_one(config, second_stage, on_two, tmp_path):
         assert_same(settings, alone[name.split("-")[0]], expected[name.split("-")[0]])
         shards = list(checkpoints.newest(Path(settings.out)).glob("*.safetensors"))
         assert len(shards) == 2, "each rank writes what it has"
+        sheets = list(Path(settings.out, "reconstructions").iterdir())
+        assert len(sheets) == (settings.steps if settings.sample_every == 1 else 1)
 
 
 def test_a_checkpoint_loads_on_another_number_of_ranks(config, on_two):

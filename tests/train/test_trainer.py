@@ -136,7 +136,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(config, signal_num
 
 def test_a_longer_run_goes_on_from_a_shorter_one(config):
     Trainer(config(steps=2)).run()
-    more = Trainer(config(steps=4, save_every=1))
+    more = Trainer(config(steps=4, log_every=1))
     assert more.step == 2
     more.run()
     assert more.step == 4
@@ -147,7 +147,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one(config):
 
 
 def test_a_crash_between_checkpoints_repeats_the_lost_steps(config, state_of):
-    whole, parts = config("whole", save_every=2), config("parts", save_every=2)
+    whole, parts = (config(name, save_every=2, log_every=1) for name in ("whole", "parts"))
     Trainer(whole).run()
 
     def crash(step: int, metrics: dict[str, float]) -> None:

@@ -33,6 +33,8 @@ def train(config: Path, assignments: tuple[str, ...], device: str | None) -> Non
 
 
 def _train(settings: TrainConfig, device: torch.device) -> None:
+    from vitok.bench.timing import matmul_rate
+    from vitok.train.records import CURVES, LOG, SHEETS, draw_curves, lacking
     from vitok.train.trainer import MODEL, Trainer
 
     trainer = Trainer(settings, device)
@@ -50,13 +52,21 @@ def _train(settings: TrainConfig, device: torch.device) -> None:
 
         def on_step(step: int, m: dict[str, float]) -> None:
             tell_skipped()
-            label = f"loss {m['loss']:.5f} kl {m['kl']:.3f} psnr {m['psnr']:.2f} dB wait {m['data_wait']:.0f}%"
+            speed = f"{m['images_per_s']:.3g} images/s {100 * m['operations_per_s'] / fastest:.0f}% of matmul"
+            label = f"loss {m['loss']:.5f} psnr {m['psnr']:.2f} dB {speed} wait {m['data_wait']:.0f}%"
             advance(1, f"{label} skipped {m['skipped']}" if told else label)
 
         tell_skipped()
         about = f"{trainer.parameters / 1e6:.2f} M parameters, {trainer.data.contents}"
         display.say(f"{about}, step {trainer.step} of {settings.steps}")
+        for what in lacking():
+            display.say(f"skipped {what}")
+        fastest = matmul_rate(device, trainer.dtype)  # in operations a second
         trainer.run(on_step)
+    draw_curves(trainer.out)
     click.echo(f"step {trainer.step} of {settings.steps}; averaged model in {trainer.out / MODEL}")
+    for what, name in (("log", LOG), ("curves", CURVES), ("reconstructions", SHEETS)):
+        if (trainer.out / name).exists():
+            click.echo(f"{what} in {trainer.out / name}")
     if trainer.step < settings.steps:
         click.echo("stopped early; the same command goes on from here", err=True)

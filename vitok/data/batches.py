@@ -169,13 +169,20 @@ class Batches(Dataset[Batch]):
         return " and ".join(told)
 
     def __getitem__(self, step: int) -> Batch:
+        share = self.batch // self.ranks
+        return self._samples(step, range(self.rank * share, (self.rank + 1) * share))
+
+    def first(self, step: int, count: int) -> Batch:
+        """The first `count` samples of a step, whatever the size of a batch and the rank."""
+        return self._samples(step, range(count))
+
+    def _samples(self, step: int, slots: range) -> Batch:
         rng = np.random.default_rng((self.seed, step))
         kinds = list(self._kinds.values())
         numbers = kinds[_choose(rng, [sum(self._weights[i] for i in each) for each in kinds])]
-        draws = [self._draw(rng, numbers) for _ in range(self.batch)]
-        share = self.batch // self.ranks
+        draws = [self._draw(rng, numbers) for _ in range(slots.stop)]
         pixels, names, skipped = [], [], dict[str, None]()
-        for slot in range(self.rank * share, (self.rank + 1) * share):
+        for slot in slots:
             sample, name, problems = self._sample(draws[slot], numbers, (self.seed, step, slot, 1))
             pixels.append(sample)
             names.append(name)

@@ -17,7 +17,8 @@ from vitok.errors import InputError
 OVERRIDES = {field.name for field in dataclasses.fields(ViTokConfig)} - {"name", "preset", "channels"}
 LIMITS: tuple[tuple[str, float, float], ...] = (
     ("steps", 1, 2**32 - 1), ("batch", 1, 2**31), ("crop", 1, 2**16), ("short_side", 1, 2**16),
-    ("save_every", 1, 2**32), ("seed", 0, 2**32 - 1), ("workers", 0, 1024), ("warmup", 0, 2**32), ("beta", 0, 1e9),
+    ("save_every", 1, 2**32), ("log_every", 1, 2**32), ("sample_every", 0, 2**32), ("seed", 0, 2**32 - 1),
+    ("workers", 0, 1024), ("warmup", 0, 2**32), ("beta", 0, 1e9),
     ("learning_rate", 0, 1e3), ("weight_decay", 0, 1e3), ("grad_clip", 1e-12, 1e12), ("betas", 0, 1 - 1e-12),
     ("ema", 0, 1), ("stage", 1, 2), ("eta", 0, 1e9), ("adversarial_weight", 0, 1e9),
     ("discriminator_learning_rate", 0, 1e3), ("discriminator_warmup", 0, 2**32), ("discriminator_width", 4, 2**16),
@@ -38,7 +39,8 @@ class TrainConfig:
     """What to train on: a folder, searched recursively, of pictures, of videos, or of tar shards as webdataset writes
     them; one file; or a pattern such as shards/train-*.tar. Or a list of {path, weight, groups}, drawn by weight."""
     out: str
-    """Directory of the run: `model/` (the averaged weights), `state-<step>/` (to resume from), `log.csv`."""
+    """Directory of the run: `model/` (the averaged weights), `state-<step>/` (to resume from), and to look at
+    `log.csv`, `tensorboard/`, `reconstructions/` and `curves.png`."""
     stage: int = 1
     """1, or 2 to go on from the stage-1 model that `init` names with its encoder frozen."""
     model: str = "S-B/16"
@@ -125,6 +127,10 @@ class TrainConfig:
     """Processes that prepare batches."""
     save_every: int = 500
     """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between rows of the log; the last step has one too."""
+    sample_every: int = 500
+    """Steps between sheets of reconstructions by the averaged model, always of the same few samples; 0 for none."""
 
     def __post_init__(self) -> None:
         for name, choices in (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import dataclasses
 import hashlib
 import json
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 
 from vitok import ops
 from vitok.checkpoint import create_model, load
+from vitok.count import count
 from vitok.data.batches import Batch, Batches
 from vitok.errors import InputError
+from vitok.evaluate.metrics import to_uint8
 from vitok.evaluate.pca import PCA_CROPS, fit_pca
-from vitok.io.files import atomic_path
 from vitok.model import ViTok
 from vitok.parallel import Ranks, averaging, local, replicated, sharded, whole
 from vitok.train import checkpoints
@@ -32,13 +32,14 @@ from vitok.train.discriminator import Adversary, Discriminator
 from vitok.train.init import init_from_pca
 from vitok.train.losses import perceptual_loss, pixel_loss, predicted_frames, target_frames
 from vitok.train.optimizer import make_optimizer, set_optimizer_step
+from vitok.train.records import Pace, Records
 
-LOG, MODEL, FAILED = "log.csv", "model", "failed"
+MODEL, FAILED = "model", "failed"
 HOW = (
-    "out", "steps", "workers", "save_every", "perceptual_weights", "parallel", "accumulate", "checkpointing", "compile",
-    "optimizer",
+    "out", "steps", "workers", "save_every", "log_every", "sample_every", "perceptual_weights", "parallel",
+    "accumulate", "checkpointing", "compile", "optimizer",
 )  # fmt: skip
-"""Fields that a run may go on with other values of: where it lives, how long it is, how it is fed and computed."""
+"""Fields that a run may go on with other values of: where and how long it is, how it is fed, computed and seen."""
 
 
 class Trainer:
@@ -68,8 +69,8 @@ class Trainer:
             self._start()
         self.model.to(self.device)
         self.average = copy.deepcopy(self.model).eval()
-        frozen = config.freeze_encoder or config.stage == 2
-        self.autoencoder = self._prepared(Autoencoder(self.model, frozen, config.latent_noise))
+        self.frozen = config.freeze_encoder or config.stage == 2
+        self.autoencoder = self._prepared(Autoencoder(self.model, self.frozen, config.latent_noise))
         self.averaged = Autoencoder(self.average)
         if config.parallel == "fsdp" and self.ranks.count > 1:
             sharded(self.averaged, self.averaged.blocks)
@@ -88,9 +89,9 @@ class Trainer:
             "perceptual": config.eta,
             "adversarial": config.adversarial_weight,
         }
-        self.autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=_use_bf16(config.precision, self.device)
-        )
+        bf16 = _use_bf16(config.precision, self.device)
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.step = 0
         if found:
             self._resume(found, about["step"])
@@ -113,34 +114,40 @@ class Trainer:
     def run(self, on_step: Callable[[int, dict[str, float]], None] | None = None) -> None:
         """Train to the last step. A first SIGTERM or Ctrl-C saves a checkpoint and returns; the run can go on later.
 
-        `on_step` gets the number of steps done and the metrics of `train_step`, with `data_wait`, the percentage of the
-        last ten steps' or so time spent waiting for batches, and `skipped`, the number of files that could not be read
-        so far; the keys of the trainer's `skipped` say which.
+        `on_step` gets the number of steps done and the metrics of `train_step`; over the last ten steps or so
+        `images_per_s`, which counts the frames of clips, over all ranks, `operations_per_s` of each rank (`operations`)
+        and `data_wait`, the percentage of the time spent waiting for batches; and `skipped`, the number of files that
+        could not be read so far; the keys of the trainer's `skipped` say which.
         """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot make the run directory {self.out}: {error.strerror}") from error
-        with _stop_requests() as stopped:
-            steps = range(self.step, self.config.steps)
-            batches, waited, worked = self.data.stream(steps, self.config.workers), 0.0, 0.0
+        with Records(self.config, self.step, self.ranks.rank) as records, _stop_requests() as stopped:
+            steps, pace = range(self.step, self.config.steps), Pace()
+            batches = self.data.stream(steps, self.config.workers)
             for step in steps:
                 begun = time.perf_counter()
                 batch = next(batches)
                 ready = time.perf_counter()
                 own = self.train_step(batch, step)
-                waited, worked = 0.9 * waited + ready - begun, 0.9 * worked + time.perf_counter() - ready
-                own |= {"data_wait": 100 * waited / (waited + worked)}
+                samples, frames = batch.clips.shape[:2]
+                own |= pace.add(
+                    ready - begun, time.perf_counter() - ready,
+                    images=samples * frames * self.ranks.count, operations=samples * self.operations(frames),
+                )  # fmt: skip
                 told = {"stopped": float(stopped()), "skipped": float(len(batch.skipped))}
                 metrics = self.ranks.mean(own | told, self.device)  # the same on all ranks, and so is what follows
                 self.step = step + 1
                 last = metrics.pop("stopped") > 0 or self.step == self.config.steps
-                if metrics["skipped"]:
+                if metrics.pop("skipped"):
                     self.skipped.update(dict.fromkeys(self.ranks.gathered(batch.skipped)))
+                records.add(self.step, metrics)
                 if on_step:
                     on_step(self.step, metrics | {"skipped": len(self.skipped)})
                 if last or self.step % self.config.save_every == 0:
-                    self.save({name: metrics[name] for name in metrics if name not in ("data_wait", "skipped")})
+                    self.save()
+                records.show(self.step, self.data, self.reconstruct)
                 if last:
                     break
 
@@ -232,8 +239,25 @@ class Trainer:
         means, values = ([local(p) for p in model.parameters()] for model in (self.average, self.model))
         torch._foreach_lerp_(means, values, 1 - decay)
 
-    def save(self, metrics: dict[str, float]) -> None:
-        """Write the averaged model, the checkpoint to resume from and a log line."""
+    @torch.no_grad()
+    def reconstruct(self, clips: Tensor) -> Tensor:
+        """uint8 clips [B, T, H, W, 3] by the averaged model, from the posteriors' modes; all ranks take part."""
+        with self.autocast:
+            patches, _ = self.averaged(clips.to(self.device))
+        frames = to_uint8(predicted_frames(patches, self.model.config.tubelet, clips.shape[1:4]))
+        return frames.movedim(1, -1).reshape(clips.shape).cpu()
+
+    def operations(self, frames: int) -> float:
+        """Of the matrix products in a training step on one clip (1 frame: a picture), two for each multiply-accumulate.
+
+        Backward has twice those of forward, of a frozen encoder none; what is computed again, the discriminator and the
+        perceptual network are not counted.
+        """
+        one = count(self.model.config, size=self.config.crop, frames=frames)
+        return 2.0 * ((1 if self.frozen else 3) * one.encoder_macs + 3 * one.decoder_macs)
+
+    def save(self) -> None:
+        """Write the averaged model and the checkpoint to resume from."""
         checkpoints.write_step(self.out, self.step, self._tensors(), self._about())
         weights = {key: whole(value).cpu() for key, value in self.average.state_dict().items()}
         if self.ranks.rank > 0:
@@ -242,13 +266,6 @@ class Trainer:
             exported = ViTok(self.model.config)
         exported.load_state_dict(weights, assign=True)
         exported.save(self.out / MODEL)
-        log = self.out / LOG
-        rows = [row for row in _read_rows(log) if int(row["step"]) < self.step]
-        rows.append({"step": self.step, **{name: f"{value:.6g}" for name, value in metrics.items()}})
-        with atomic_path(log) as path, open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
-            writer.writeheader()
-            writer.writerows(rows)
 
     def _start(self) -> None:
         """Give the model the weights that a run begins with; the same on all ranks."""
@@ -326,13 +343,6 @@ def _use_bf16(precision: str, device: torch.device) -> bool:
     return (
         device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
     )
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 class _stop_requests:

@@ -1,0 +1,5 @@
+"""Other people's weights and interfaces."""
+
+from vitok.integrations.published import load_vitok_v1, load_vitok_v2
+
+__all__ = ["load_vitok_v1", "load_vitok_v2"]
