@@ -80,6 +80,18 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`torchrun(*arguments)`: torchrun with two processes."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+    return run
+
+
+@pytest.fixture
 def python() -> Callable[..., str]:
     """`python(code, **environment)`: what the code prints in a fresh interpreter; fails if it fails."""
 

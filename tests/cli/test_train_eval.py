@@ -5,6 +5,7 @@ import signal
 import sys
 import tarfile
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -346,6 +347,17 @@ def test_eval_gives_the_same_digits_whatever_the_batch(vitok, models, photos, fi
     results = [vitok(*options, "--batch", batch) for batch in (1, 2, 3, 8)]
     assert all(result.code == 0 for result in results)
     assert len({result.out for result in results}) == 1
+
+
+def test_eval_on_two_ranks_prints_what_one_prints(vitok, torchrun, models, photos, hed):
+    (photos / "text.jpg").write_text("no picture")
+    options = ("eval", photos, "--size", 32, "--model", models.pictures, "--batch", 1, "--device", "cpu", "--json")
+    options = [str(each) for each in (*options, "--vgg-hed", hed, "--jpeg")]
+    alone = vitok(*options)
+    both = torchrun("--no-python", str(Path(sys.executable).with_name("vitok")), *options)
+    assert both.stdout == alone.out and json.loads(alone.out)["failed"] == 1
+    assert alone.code == 2 and both.stderr.count("exitcode  : 2 ") == 2, both.stderr
+    assert both.stderr.count("error: ") == 1 and alone.err.strip() in both.stderr, "one rank does the talking"
 
 
 @pytest.fixture

@@ -10,9 +10,11 @@ import torch
 
 from vitok import InputError
 from vitok.evaluate.features import Comparison, Extractor
+from vitok.evaluate.frechet import Moments
 from vitok.evaluate.metrics import psnr, ssim, to_uint8
 from vitok.evaluate.reconstruction import merge_scores, score_folder
 from vitok.io import ClipReader, ClipWriter, read_image, resize_and_crop
+from vitok.parallel import Ranks
 
 
 def test_scores_every_picture_and_goes_on_after_a_bad_one(pictures):
@@ -85,6 +87,46 @@ def test_batches_and_slices_give_the_same_scores(pictures, files_of_five):
         assert total.frechet_distance() == pytest.approx(whole.frechet_distance(), rel=1e-9)
         assert total.reconstructions.count == total.originals.count == 5 and sorted(total.logits) == [0, 1, 3, 4, 5]
         assert all(torch.equal(total.logits[i], whole.logits[i]) for i in total.logits)
+
+
+class Second(Ranks):
+    """The second of two ranks, and what the first one has."""
+
+    def __init__(self, *of_first):
+        super().__init__(1, 2)
+        object.__setattr__(self, "of_first", iter(of_first))
+
+    def gathered(self, things):
+        return [next(self.of_first), *things]
+
+
+def test_what_all_ranks_saw(files_of_five):
+    def see(rank=0, world=1, first=None):
+        seen = Comparison(looks(), first.originals, shared=True) if first else Comparison(looks())
+        list(score_folder(files_of_five, 24, darker, comparisons=[seen], rank=rank, world=world))
+        return seen
+
+    whole, (one, two) = see(), (see(rank, 2) for rank in range(2))
+    total = two.of_all(Second((one.originals, one.reconstructions, one.logits)))
+    later = see(1, 2, total).of_all(Second((Moments(), one.reconstructions, one.logits)))
+    for each in (whole.of_all(Ranks()), total, later):
+        assert each.originals.count == each.reconstructions.count == 5 and each.extractor.source == "test"
+        assert each.frechet_distance() == pytest.approx(whole.frechet_distance(), rel=1e-9)
+        assert all(torch.equal(each.logits[i], whole.logits[i]) for i in (0, 1, 3, 4, 5))
+    assert two.reconstructions.count == 3, "the part stays as it is"
+
+
+def test_ranks_share_out_whole_batches(files_of_five):
+    """So that a model gets the same pictures at once as on one rank, and rounds alike."""
+
+    def batches(rank=0, world=1):
+        seen = []
+        list(score_folder(files_of_five, 24, lambda x: darker(seen.append(x) or x), batch=2, rank=rank, world=world))
+        return seen
+
+    alone, shared = batches(), [batch for rank in (0, 1) for batch in batches(rank, 2)]
+    assert [len(batch) for batch in alone] == [2, 1, 2]
+    assert all(torch.equal(a, b) for a, b in zip((alone[0], alone[2], alone[1]), shared, strict=True))
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from vitok.parallel import joined
 from vitok.train.config import TrainConfig
-from vitok.train.parallel import joined
 from vitok.train.trainer import Trainer
 
 

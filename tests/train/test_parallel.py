@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,18 +18,6 @@ from vitok.train import checkpoints
 from vitok.train.trainer import Trainer
 
 RANKS = Path(__file__).with_name("ranks.py")
-
-
-@pytest.fixture
-def torchrun(tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`torchrun(*arguments)`: torchrun with two processes."""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-
-    return run
 
 
 @pytest.fixture

@@ -44,10 +44,11 @@ def _stop(number: int, _: object) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, _stop)
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+    for number in heeded:
+        signal.signal(number, _stop)
     try:
         sys.exit(command.main(prog_name="vitok", standalone_mode=False))
     except click.ClickException as error:
@@ -59,6 +60,10 @@ def main() -> None:
         if TRACEBACK in os.environ and not isinstance(error, InputError):
             raise
         _fail(describe(error), 2 if isinstance(error, InputError) else 1)
+    finally:
+        # Nothing is left to undo. Where one rank has failed torchrun stops the others, which end as they would have.
+        for number in heeded:
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGTERM else signal.SIG_DFL)
 
 
 def _fail(message: str, code: int) -> None:

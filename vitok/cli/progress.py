@@ -40,11 +40,15 @@ class _Bars(Progress):
 
 
 class Display(AbstractContextManager["Display"]):
-    """One place for all messages and bars of a command, so that neither overwrites the other."""
+    """One place for all messages and bars of a command, so that neither overwrites the other.
 
-    def __init__(self) -> None:
+    A `silent` one shows nothing: of several ranks one does the talking.
+    """
+
+    def __init__(self, silent: bool = False) -> None:
+        self._silent = silent
         self._bars: Progress | None = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not silent:
             columns = (
                 BarColumn(bar_width=16),
                 MofNCompleteColumn(),
@@ -67,12 +71,15 @@ class Display(AbstractContextManager["Display"]):
         """Print one line, above the bars if there are any."""
         if self._bars:
             self._bars.console.print(Text(one_line(message)), soft_wrap=True)
-        else:
+        elif not self._silent:
             click.echo(one_line(message), err=True)
 
     @contextmanager
     def track(self, total: int | None, unit: str, label: str = "") -> Iterator[Advance]:
         """Follow `total` steps (None: unknown) of something that counts in `unit`; one may run inside another."""
+        if self._silent:
+            yield lambda count, label: None
+            return
         if self._bars is None:
             yield _Lines(total, unit).advance
             return

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 import vitok
-from vitok.cli.common import SIZE, finish, finite, model_options, open_model, show_table
+from vitok.checkpoint import load
+from vitok.cli.common import DTYPES, SIZE, finish, finite, model_options, open_device, show_table
 from vitok.cli.progress import Display
 from vitok.data.batches import Batches
 from vitok.errors import InputError
@@ -25,8 +27,9 @@ from vitok.evaluate.features import DISTANCES, EXTRACTORS, Comparison, Distance,
 from vitok.evaluate.jpeg import jpeg_within
 from vitok.evaluate.metrics import from_uint8
 from vitok.evaluate.pca import PCA_CROPS, fit_pca
-from vitok.evaluate.reconstruction import Score, score_folder
+from vitok.evaluate.reconstruction import Score, merge_scores, score_folder
 from vitok.model import ViTok
+from vitok.parallel import Ranks, joined
 
 PCA, JPEG = "PCA", "JPEG"
 BATCH = 8  # crops at a time while PCA is fitted
@@ -68,22 +71,65 @@ class Row:
 
     scores: list[Score]
     comparisons: dict[Extractor, Comparison]
-    bytes: list[int] = field(default_factory=list)  # of JPEG files, as many as scores without an error
+    bytes: dict[int, int] = field(default_factory=dict)  # of JPEG files, by the `index` of their scores
 
     @property
     def good(self) -> list[Score]:
         return [score for score in self.scores if not score.error]
 
+    @property
+    def failed(self) -> list[Score]:
+        return [score for score in self.scores if score.error]
+
     def values(self) -> list[dict[str, float]]:
         """Of every picture that could be scored."""
         values = [{"psnr": score.psnr, "ssim": score.ssim, **score.distances} for score in self.good]
-        for value, size in zip(values, self.bytes, strict=False):
-            value["bytes"] = size
+        for value, score in zip(values, self.good, strict=True):
+            if score.index in self.bytes:
+                value["bytes"] = self.bytes[score.index]
         return values
 
     def means(self) -> dict[str, float]:
         values = self.values()
         return {name: fmean(value[name] for value in values) for name in values[0]}
+
+    def of_all(self, ranks: Ranks) -> Row:
+        """The rows of all ranks, each of which scored a part of the files, as one."""
+        scores = merge_scores(ranks.gathered([self.scores]))
+        comparisons = {each: comparison.of_all(ranks) for each, comparison in self.comparisons.items()}
+        return Row(scores, comparisons, dict(ranks.gathered(self.bytes.items())))
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is scored, by which metrics, and by which of the ranks."""
+
+    folder: Path
+    size: int
+    frames: int | None
+    batch: int  # pictures or frames
+    metrics: Metrics
+    device: torch.device
+    ranks: Ranks
+    display: Display
+
+    def row(self, name: str, reconstruct: Callable[[Tensor], Tensor], first: Row | None = None) -> Row:
+        """This rank's part of a row; the originals are looked at once, for the `first` row."""
+        comparisons = {
+            each: Comparison(each, first.comparisons[each].originals, shared=True) if first else Comparison(each)
+            for each in self.metrics.extractors.values()
+        }
+        scores = score_folder(
+            self.folder, self.size, reconstruct, batch=max(1, self.batch // (self.frames or 1)), frames=self.frames,
+            distances=self.metrics.distances, comparisons=tuple(comparisons.values()), device=self.device,
+            rank=self.ranks.rank, world=self.ranks.count,
+        )  # fmt: skip
+        row = Row([], comparisons)
+        with self.display.track(None, "clips" if self.frames else "pictures") as advance:
+            for score in scores:
+                row.scores.append(score)
+                advance(1, f"{name}: {score.path.name}")
+        return row
 
 
 def _path_option(name: str, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -130,57 +176,66 @@ def evaluate(
     Posterior mean, both sides rounded to uint8, data range 255, every figure the mean over pictures; of clips the mean
     over frames, then over clips. A metric that is asked for and cannot be had is skipped and says why.
     """
-    model = open_model(model_name, device, dtype)
     paths = {"vgg-hed": vgg_hed, "lpips": lpips_weights, "fid": fid_weights, "is": fid_weights, "fvd": fvd_weights}
-    metrics = _open({name for name in TITLES if name in wanted or paths.get(name)}, paths, frames, model.device)
-    baseline = _baseline(model, pca_folder, groups, frames) if pca_folder else None
-    rows: dict[str, Row] = {}
-    with Display() as display:
+    with joined(open_device(device)) as own:
+        ranks = Ranks.current()
+        model = load(model_name, device=own, dtype=DTYPES[dtype])
+        metrics = _open({name for name in TITLES if name in wanted or paths.get(name)}, paths, frames, own)
+        baseline = _baseline(model, pca_folder, groups, frames) if pca_folder else None
+        with Display(silent=ranks.rank > 0) as display:
+            scoring = Scoring(folder, size, frames, batch, metrics, own, ranks, display)
+            rows = _rows(scoring, model, model_name, baseline, with_jpeg)
+        good, failed = rows[model_name].good, rows[model_name].failed
+        silent = ranks.rank > 0
+        try:
+            if not silent:
+                _report(rows, metrics, model, size, frames, as_json)
+            finish(len(good) + len(failed), len(failed), "scored", quiet=as_json or silent)
+        finally:
+            ranks.wait()  # torchrun ends all others as soon as one has failed
 
-        def score(name: str, reconstruct: Callable[[Tensor], Tensor]) -> None:
-            before = next(iter(rows.values())).comparisons if rows else None
-            comparisons = {
-                each: Comparison(each, before[each].originals, shared=True) if before else Comparison(each)
-                for each in metrics.extractors.values()
-            }
-            rows[name] = Row([], comparisons)
-            scores = score_folder(
-                folder, size, reconstruct, batch=max(1, batch // (frames or 1)), frames=frames,
-                distances=metrics.distances, comparisons=tuple(comparisons.values()), device=model.device,
-            )  # fmt: skip
-            with display.track(None, "clips" if frames else "pictures") as advance:
-                for each in scores:
-                    rows[name].scores.append(each)
-                    advance(1, f"{name}: {each.path.name}")
 
-        score(model_name, lambda pixels: _through(model, pixels))
-        failed = [each for each in rows[model_name].scores if each.error]
-        for each in failed:
-            display.say(f"error: {each.error}")
-        total = len(rows[model_name].scores)
-        if baseline and len(failed) < total:
-            score(PCA, _fit(model, *baseline, frames, display))
-        if with_jpeg and len(failed) < total:
-            budgets = _bytes(model, size, frames)
-            score(f"{model_name} 8-bit", lambda pixels: _through(model, pixels, eight_bits=True))
-            sizes: list[int] = []
-            score(JPEG, lambda pixels: _through_jpeg(pixels, budgets, sizes))
-            rows[JPEG].bytes = sizes
-            over = sum(each > sum(budgets) for each in sizes)
-            if over:
-                display.say(
-                    f"JPEG cannot be as small as {sum(budgets)} bytes for {over} of {len(sizes)}, even at quality 1"
-                )
-    facts = (
-        _facts(rows, metrics, model, size, frames)
-        if len(failed) < total
-        else {"pictures": 0, "means": {}, "scores": []}
-    )
+def _rows(
+    scoring: Scoring, model: ViTok, name: str, baseline: tuple[Batches, int] | None, with_jpeg: bool
+) -> dict[str, Row]:
+    """The model's row, and what it is compared with if any picture could be scored."""
+    display, ranks, frames = scoring.display, scoring.ranks, scoring.frames
+    first = scoring.row(name, partial(_through, model)).of_all(ranks)
+    for score in first.failed:
+        display.say(f"error: {score.error}")
+    rows = {name: first}
+    if baseline and first.good:
+        rows[PCA] = scoring.row(PCA, _fit(model, *baseline, frames, display), first).of_all(ranks)
+    if with_jpeg and first.good:
+        rounded = f"{name} 8-bit"
+        rows[rounded] = scoring.row(rounded, partial(_through, model, eight_bits=True), first).of_all(ranks)
+        rows[JPEG] = _jpeg_row(scoring, first, _bytes(model, scoring.size, frames))
+    return rows
+
+
+def _jpeg_row(scoring: Scoring, first: Row, budgets: list[int]) -> Row:
+    sizes: list[int] = []
+    part = scoring.row(JPEG, lambda pixels: _through_jpeg(pixels, budgets, sizes), first)
+    part.bytes.update(zip((score.index for score in part.good), sizes, strict=True))
+    row = part.of_all(scoring.ranks)
+    over = sum(each > sum(budgets) for each in row.bytes.values())
+    if over:
+        scoring.display.say(
+            f"JPEG cannot be as small as {sum(budgets)} bytes for {over} of {len(row.bytes)}, even at quality 1"
+        )
+    return row
+
+
+def _report(
+    rows: Mapping[str, Row], metrics: Metrics, model: ViTok, size: int, frames: int | None, as_json: bool
+) -> None:
+    """The table and what stands under it, or JSON; no table where nothing could be scored."""
+    first = next(iter(rows.values()))
+    facts = _facts(rows, metrics, model, size, frames) if first.good else {"pictures": 0, "means": {}, "scores": []}
     if as_json:
-        click.echo(json.dumps({"size": size, "failed": len(failed), **facts}, indent=2))
-    elif len(failed) < total:
+        click.echo(json.dumps({"size": size, "failed": len(first.failed), **facts}, indent=2))
+    elif first.good:
         _show(rows, metrics, facts)
-    finish(total, len(failed), "scored", quiet=as_json)
 
 
 def _open(wanted: set[str], paths: Mapping[str, Path | None], frames: int | None, device: torch.device) -> Metrics:

@@ -24,8 +24,8 @@ def train(config: Path, assignments: tuple[str, ...], device: str | None) -> Non
 
     Goes on where a stopped run left off. Ctrl-C or SIGTERM stops after the step at hand and saves.
     """
+    from vitok.parallel import joined
     from vitok.train.config import TrainConfig
-    from vitok.train.parallel import joined
 
     settings = TrainConfig.load(config, assignments)
     with joined(open_device(device)) as own:

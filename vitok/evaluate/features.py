@@ -26,6 +26,7 @@ from vitok.errors import InputError
 from vitok.evaluate.frechet import Moments, frechet_distance, inception_score
 from vitok.evaluate.perceptual import VGGHED
 from vitok.io.files import check_readable
+from vitok.parallel import Ranks
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 TRUNKS = {"alex": ("AlexNet", "alexnet-owt-7be5be79.pth"), "vgg": ("VGG16", "vgg16-397923af.pth")}
@@ -78,6 +79,15 @@ class Comparison:
             self.originals = Moments.merged([self.originals, other.originals])
         self.reconstructions = Moments.merged([self.reconstructions, other.reconstructions])
         self.logits.update(other.logits)
+
+    def of_all(self, ranks: Ranks) -> Comparison:
+        """What all ranks saw, each of other files; originals that are shared are of all files already."""
+        mine = Moments() if self.shared else self.originals
+        parts = ranks.gathered([(mine, self.reconstructions, self.logits)])  # without the network
+        whole = Comparison(self.extractor, self.originals if self.shared else Moments(), self.shared)
+        for originals, reconstructions, logits in parts:
+            whole.merge(Comparison(self.extractor, originals, False, reconstructions, logits))
+        return whole
 
     def frechet_distance(self) -> float:
         return frechet_distance(self.originals, self.reconstructions)

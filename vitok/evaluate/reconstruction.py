@@ -58,8 +58,8 @@ def score_folder(
         batch: pictures or clips at a time; the scores are the same but for what `reconstruct` and the networks round.
         distances: see `vitok.evaluate.features`; they work on `device`.
         comparisons: are given every reconstruction with its original.
-        rank, world: score only files `rank`, `rank + world` and so on; `merge_scores` and `Comparison.merge` put the
-            parts together.
+        rank, world: score only batches `rank`, `rank + world` and so on of those that one process makes;
+            `merge_scores` and `Comparison.merge` put the parts together.
     """
     for group in _batches(folder, size, batch, frames, rank, world):
         good = [(score, pixels) for score, pixels in group if pixels is not None]
@@ -84,18 +84,17 @@ def merge_scores(parts: Iterable[Iterable[Score]]) -> list[Score]:
 def _batches(
     folder: str | Path, size: int, batch: int, frames: int | None, rank: int, world: int
 ) -> Iterator[list[tuple[Score, Tensor | None]]]:
-    """Files in order, up to `batch` that can be read at a time, with their pixels; None where a score has an error."""
-    group: list[tuple[Score, Tensor | None]] = []
+    """Files in order, `batch` at a time, with their pixels; None where a score has an error."""
     entries = find_inputs([folder], kinds=("image",) if frames is None else ("clip",))
-    for index, entry in list(enumerate(entries))[rank::world]:
-        try:
-            group.append((Score(entry.path, index=index), _read(entry, size, frames)))
-        except InputError as error:
-            group.append((Score(entry.path, error=error, index=index), None))
-        if sum(pixels is not None for _, pixels in group) == batch:
-            yield group
-            group = []
-    yield group
+    # Whole batches are shared out: what a model rounds depends on the pictures that it is given at once.
+    for start in range(rank * batch, len(entries), world * batch):
+        group: list[tuple[Score, Tensor | None]] = []
+        for index, entry in enumerate(entries[start : start + batch], start):
+            try:
+                group.append((Score(entry.path, index=index), _read(entry, size, frames)))
+            except InputError as error:
+                group.append((Score(entry.path, error=error, index=index), None))
+        yield group
 
 
 def _measure(

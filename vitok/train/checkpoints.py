@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from vitok.errors import InputError
 from vitok.io.files import flush_folder
-from vitok.train.parallel import Ranks
+from vitok.parallel import Ranks
 
 FORMAT = 1
 ABOUT, PREFIX, PARTIAL = "checkpoint.json", "state-", ".partial"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitok.train.parallel import mean_over_ranks
+from vitok.parallel import mean_over_ranks
 
 SLOPE = 0.2
 """Of every LeakyReLU."""

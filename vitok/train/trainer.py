@@ -24,6 +24,7 @@ from vitok.errors import InputError
 from vitok.evaluate.metrics import to_uint8
 from vitok.evaluate.pca import PCA_CROPS, fit_pca
 from vitok.model import ViTok
+from vitok.parallel import Ranks, averaging, local, replicated, sharded, whole
 from vitok.train import checkpoints
 from vitok.train.autoencoder import Autoencoder
 from vitok.train.config import TrainConfig
@@ -31,7 +32,6 @@ from vitok.train.discriminator import Adversary, Discriminator
 from vitok.train.init import init_from_pca
 from vitok.train.losses import perceptual_loss, pixel_loss, predicted_frames, target_frames
 from vitok.train.optimizer import make_optimizer, set_optimizer_step
-from vitok.train.parallel import Ranks, averaging, local, replicated, sharded, whole
 from vitok.train.records import Pace, Records
 
 MODEL, FAILED = "model", "failed"

@@ -6,14 +6,16 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from vitok.errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class Ranks:
         dist.all_reduce(numbers)
         return dict(zip(values, (numbers / self.count).tolist(), strict=True))
 
-    def gathered(self, things: Iterable[str]) -> list[str]:
-        """Those of all ranks."""
-        every: list[list[str]] = [list(things)]
+    def gathered(self, things: Iterable[T]) -> list[T]:
+        """Those of all ranks, in the order of ranks."""
+        every: list[list[T]] = [list(things)]
         if self.count > 1:
             every = [[] for _ in range(self.count)]
             dist.all_gather_object(every, list(things))
@@ -58,6 +60,8 @@ def joined(device: torch.device) -> Iterator[torch.device]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield device
         return
+    from torch.distributed.rendezvous import rendezvous  # which a torch without torch.distributed lacks
+
     if device.type == "cuda" and device.index is None:
         number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if number >= there:
@@ -72,6 +76,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     try:
+        Ranks.current().wait()  # lest one leave for a wrong argument while others still connect to it
         yield device
     finally:
         dist.destroy_process_group()
