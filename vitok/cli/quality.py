@@ -248,14 +248,18 @@ def _through_jpeg(pixels: Tensor, budgets: list[int], sizes: list[int]) -> Tenso
 
 
 def _fit(model: ViTok, folder: Path, groups: str, frames: int | None, display: Display) -> Callable[[Tensor], Tensor]:
-    """PCA of the model's patches in single pictures, with as many floats as the model has for each frame."""
-    channels, spare = divmod(model.config.channels, model.config.temporal_patch if frames else 1)
-    if spare or not channels:
-        q, c = model.config.temporal_patch, model.config.channels
-        raise InputError(
-            f"--pca gives each of a tubelet's {q} frames the same share of the {c} channels, a whole number"
-        )
-    pca = fit_pca(_crops(folder, groups, display), (1, model.config.patch), channels)
+    """PCA of as many floats as the model has: of its tubelets in clips, or of its patches in single pictures."""
+    (q, p), channels = model.config.tubelet, model.config.channels
+    data = _training_data(folder, groups, q)
+    if frames is None or data.sources[0].kind == "pictures":
+        channels, spare = divmod(channels, q if frames else 1)
+        if spare or not channels:
+            raise InputError(
+                f"--pca gives each of a tubelet's {q} frames the same share of the {model.config.channels} channels, "
+                "a whole number"
+            )
+        q = 1
+    pca = fit_pca(_crops(data, display), (q, p), channels)
 
     def reconstruct(pixels: Tensor) -> Tensor:
         return pca.reconstruct(pixels, channels) if frames else pca.reconstruct(pixels[:, None], channels)[:, :, 0]
@@ -263,13 +267,17 @@ def _fit(model: ViTok, folder: Path, groups: str, frames: int | None, display: D
     return reconstruct
 
 
-def _crops(folder: Path, groups: str, display: Display) -> Iterator[Tensor]:
-    """The crops that the baseline is fitted on: uint8 [8, 1, 256, 256, 3] each."""
+def _training_data(folder: Path, groups: str, frames: int) -> Batches:
+    """The crops that the baseline is fitted on: uint8 [8, 256, 256, 3] each, or [8, frames, 256, 256, 3]."""
     try:
         re.compile(groups)
     except re.error as error:
         raise InputError(f"--groups {groups!r} is no regular expression: {error}") from error
-    data = Batches(folder, batch=BATCH, crop=256, short_side=(256, 512), seed=0, groups=groups)
+    return Batches(folder, batch=BATCH, crop=256, short_side=(256, 512), seed=0, groups=groups, frames=frames)
+
+
+def _crops(data: Batches, display: Display) -> Iterator[Tensor]:
+    """As clips, uint8 [8, T, 256, 256, 3] each; tells of files that cannot be read."""
     told: set[str] = set()
     with display.track(PCA_CROPS, "crops") as advance:
         for i in range(PCA_CROPS // BATCH):
