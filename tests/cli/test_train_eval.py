@@ -126,11 +126,11 @@ def test_train_refuses_a_run_of_another_kind(vitok, run):
 @pytest.mark.long
 def test_the_laptop_file_learns_from_the_example_pictures(vitok, tmp_path):
     run = ("train", EXAMPLES / "train" / "stage1-laptop.yaml", f"data={EXAMPLES / 'photos'}", f"out={tmp_path}")
-    result = vitok(*run, "steps=100", "save_every=20")
-    assert result.code == 0 and "4 pictures, step 0 of 100" in result.err, result
+    result = vitok(*run, "steps=150", "save_every=25")
+    assert result.code == 0 and "4 pictures, step 0 of 150" in result.err, result
     with open(tmp_path / "log.csv", newline="") as file:
         psnr = [float(row["psnr"]) for row in csv.DictReader(file)]
-    assert psnr[-1] > psnr[0] + 3
+    assert psnr[-1] > psnr[0] + 2
     facts = json.loads(vitok("eval", EXAMPLES / "photos", "--model", tmp_path / "model", "--json").out)
     assert facts["means"][str(tmp_path / "model")]["psnr"] > 18
 
