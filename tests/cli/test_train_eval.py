@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import re
@@ -15,6 +16,8 @@ import vitok as package
 from vitok.evaluate.features import EXTRACTORS, Extractor
 
 pytest.importorskip("yaml")
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture
@@ -259,6 +262,18 @@ def test_train_refuses_a_run_of_another_kind(vitok, run):
     assert result.code == 2 and "another configuration" in result.err
 
 
+@pytest.mark.long
+def test_the_laptop_file_learns_from_the_example_pictures(vitok, tmp_path):
+    run = ("train", EXAMPLES / "train" / "stage1-laptop.yaml", f"data={EXAMPLES / 'photos'}", f"out={tmp_path}")
+    result = vitok(*run, "steps=150", "save_every=25")
+    assert result.code == 0 and "4 pictures, step 0 of 150" in result.err, result
+    with open(tmp_path / "log.csv", newline="") as file:
+        psnr = [float(row["psnr"]) for row in csv.DictReader(file)]
+    assert psnr[-1] > psnr[0] + 2
+    facts = json.loads(vitok("eval", EXAMPLES / "photos", "--model", tmp_path / "model", "--json").out)
+    assert facts["means"][str(tmp_path / "model")]["psnr"] > 18
+
+
 # --- eval
 
 
@@ -461,12 +476,26 @@ def test_eval_refuses_metrics(vitok, models, photos, options, words):
     assert result.code == 2 and result.out == "" and re.search(words, result.err.splitlines()[-1]), result
 
 
-def test_eval_of_clips_beside_pca_needs_channels_for_every_frame(vitok, files, tmp_path, monkeypatch):
+def test_eval_of_clips_beside_pca_of_clips_takes_whole_tubelets(vitok, models, files, tmp_path, small_pca):
+    pytest.importorskip("av")
+    files.clip(tmp_path / "clips" / "a.mp4", frames=8)
+    files.picture(tmp_path / "photos" / "a.png", 48, 64)
+    options = ("eval", tmp_path / "clips", "--frames", 8, "--size", 32, "--model", models.clips, "--json", "--pca")
+    whole, single = (
+        json.loads(vitok(*options, tmp_path / folder).out)["means"]["PCA"]["psnr"] for folder in ("clips", "photos")
+    )
+    assert whole > single + 1  # 32 numbers for 4 frames, against 8 for each
+    package.create_model("Tiw64d1h1-Tiw64d1h1/4x16", channels=30).save(tmp_path / "thirty")
+    assert vitok(*options, tmp_path / "clips", "--model", tmp_path / "thirty").code == 0
+
+
+def test_eval_of_clips_beside_pca_of_pictures_needs_channels_for_every_frame(vitok, files, tmp_path, monkeypatch):
     pytest.importorskip("av")
     monkeypatch.setattr("vitok.cli.quality.score_folder", lambda *_, **__: pytest.fail("what is refused is not begun"))
     package.create_model("Tiw64d1h1-Tiw64d1h1/4x16", channels=30).save(tmp_path / "thirty")
     files.clip(tmp_path / "clips" / "a.mp4", frames=4)
-    options = ("--frames", 4, "--size", 32, "--model", tmp_path / "thirty", "--pca", tmp_path)
+    files.picture(tmp_path / "photos" / "a.png", 48, 64)
+    options = ("--frames", 4, "--size", 32, "--model", tmp_path / "thirty", "--pca", tmp_path / "photos")
     result = vitok("eval", tmp_path / "clips", *options)
     assert result.code == 2 and result.out == ""
     assert "4 frames the same share of the 30 channels" in result.err.splitlines()[-1]

@@ -196,7 +196,7 @@ def evaluate(
 
 
 def _rows(
-    scoring: Scoring, model: ViTok, name: str, baseline: tuple[Batches, int] | None, with_jpeg: bool
+    scoring: Scoring, model: ViTok, name: str, baseline: tuple[Batches, tuple[int, int], int] | None, with_jpeg: bool
 ) -> dict[str, Row]:
     """The model's row, and what it is compared with if any picture could be scored."""
     display, ranks, frames = scoring.display, scoring.ranks, scoring.frames
@@ -205,7 +205,7 @@ def _rows(
         display.say(f"error: {score.error}")
     rows = {name: first}
     if baseline and first.good:
-        rows[PCA] = scoring.row(PCA, _fit(model, *baseline, frames, display), first).of_all(ranks)
+        rows[PCA] = scoring.row(PCA, _fit(*baseline, frames, display), first).of_all(ranks)
     if with_jpeg and first.good:
         rounded = f"{name} 8-bit"
         rows[rounded] = scoring.row(rounded, partial(_through, model, eight_bits=True), first).of_all(ranks)
@@ -303,29 +303,33 @@ def _through_jpeg(pixels: Tensor, budgets: list[int], sizes: list[int]) -> Tenso
     return from_uint8(torch.stack(decoded).view_as(pixels)).movedim(-1, 1)
 
 
-def _baseline(model: ViTok, folder: Path, groups: str, frames: int | None) -> tuple[Batches, int]:
-    """The crops that PCA is fitted on, and as many channels as give each frame as many floats as the model does."""
-    channels, spare = divmod(model.config.channels, model.config.temporal_patch if frames else 1)
-    if spare or not channels:
-        q, c = model.config.temporal_patch, model.config.channels
-        raise InputError(
-            f"--pca gives each of a tubelet's {q} frames the same share of the {c} channels, a whole number"
-        )
+def _baseline(model: ViTok, folder: Path, groups: str, frames: int | None) -> tuple[Batches, tuple[int, int], int]:
+    """What PCA is fitted on, and its tubelet and channels, which make as many floats as the model has: the model's own
+    in clips, or its patches in single pictures."""
+    (q, p), channels = model.config.tubelet, model.config.channels
     try:
         re.compile(groups)
     except re.error as error:
         raise InputError(f"--groups {groups!r} is no regular expression: {error}") from error
     try:
-        return Batches(folder, batch=BATCH, crop=256, short_side=(256, 512), seed=0, groups=groups), channels
+        data = Batches(folder, batch=BATCH, crop=256, short_side=(256, 512), seed=0, groups=groups, frames=q)
     except InputError as error:
         raise InputError(f"--pca: {error}") from error
+    if frames is None or data.sources[0].kind == "pictures":
+        channels, spare = divmod(channels, q if frames else 1)
+        if spare or not channels:
+            raise InputError(
+                f"--pca gives each of a tubelet's {q} frames the same share of the {model.config.channels} channels, "
+                "a whole number"
+            )
+        q = 1
+    return data, (q, p), channels
 
 
 def _fit(
-    model: ViTok, data: Batches, channels: int, frames: int | None, display: Display
+    data: Batches, tubelet: tuple[int, int], channels: int, frames: int | None, display: Display
 ) -> Callable[[Tensor], Tensor]:
-    """PCA of the model's patches in single pictures."""
-    pca = fit_pca(_crops(data, display), (1, model.config.patch), channels)
+    pca = fit_pca(_crops(data, display), tubelet, channels)
 
     def reconstruct(pixels: Tensor) -> Tensor:
         return pca.reconstruct(pixels, channels) if frames else pca.reconstruct(pixels[:, None], channels)[:, :, 0]
@@ -334,7 +338,7 @@ def _fit(
 
 
 def _crops(data: Batches, display: Display) -> Iterator[Tensor]:
-    """Crops of `data`: uint8 [8, 1, 256, 256, 3] each."""
+    """As clips, uint8 [8, T, 256, 256, 3] each; tells of files that cannot be read."""
     told: set[str] = set()
     with display.track(PCA_CROPS, "crops") as advance:
         for i in range(PCA_CROPS // BATCH):
