@@ -69,6 +69,7 @@ def test_two_ranks_equal_one(config, second_stage, on_two, tmp_path):
         assert len(sheets) == (settings.steps if settings.sample_every == 1 else 1)
 
 
+@pytest.mark.long
 def test_a_checkpoint_loads_on_another_number_of_ranks(config, on_two):
     fields = {"learning_rate": 1e-5, "batch": 8, "save_every": 2}
     whole = config("whole", **fields)
