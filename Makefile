@@ -52,7 +52,7 @@ lint: setup
 	$(BIN)/mypy
 
 # Whole models, ours and other people's; then the tables that follow from the rows. What cannot be measured here says so.
-# Of large batches only what the tables need: eight minutes on two cores of one's own, within a quarter of an hour on shared ones.
+# Of large batches only what the tables need: nine minutes on two shared cores.
 BATCHES := reference,vitok fast bf16,vitok fast int8,compile freezing,linear layers alone
 bench: setup $(PEERS)
 	failed=0; \
