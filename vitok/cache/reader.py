@@ -66,7 +66,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
         label    int, -1 where there is none          index    its number in the data set's listing
         size     int64 [2] or [3], of the original    name     its path in the data set
 
-    `classes` are the names of the classes, `stats` the statistics of the latents. Shard files are mapped when they are
+    `classes` are the names of the classes, `stats` the statistics of the latents, `manifest` what the cache was made by
+    and of. Shard files are mapped when they are
     first needed, so a data set is cheap to open, to pickle and to hand to the workers of a `DataLoader`.
 
     Raises InputError for what is no such cache, is not finished, or has a file that is missing or of another length.
@@ -78,7 +79,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, cache: str | os.PathLike[str]) -> None:
         self.root = Path(cache)
-        manifest = _read(self.root / "manifest.json", f"{self.root} is no latent cache")
+        self.manifest = manifest = _read(self.root / "manifest.json", f"{self.root} is no latent cache")
         try:
             layout, count = manifest["options"]["format"], int(manifest["shards"])
             self.classes: list[str] = list(manifest["data"]["classes"])
@@ -122,6 +123,11 @@ class LatentDataset(Dataset[dict[str, Any]]):
         item: dict[str, Any] = {key: tensors[key][row].clone() for key in MOMENTS if key in tensors}
         item |= {key: int(tensors[key][row]) for key in ("label", "index")}
         return item | {"size": tensors["size"][row].long(), "name": names[row]}
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [len(self)]; reads every shard's."""
+        return torch.cat([self._shard(number)[0]["label"] for number in range(len(self.shards))])
 
     def _shard(self, number: int) -> tuple[dict[str, Tensor], list[str]]:
         """Tensors, which are views of the file as it is on the disk, and names."""
