@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple
@@ -23,17 +23,7 @@ from torch.utils.data import Dataset
 from vitok.bottlenecks import PointPosterior
 from vitok.cache.formats import FORMATS, Encoded, Format, Summary
 from vitok.cache.listing import Listing
-from vitok.cache.manifest import (
-    SUMMARY,
-    Manifest,
-    Options,
-    Record,
-    Sample,
-    Statistics,
-    Unreadable,
-    record_path,
-    sums,
-)
+from vitok.cache.manifest import Manifest, Options, Record, Sample, Statistics, Unreadable, record_path, sums
 from vitok.cache.store import OWN, Store, check_path
 from vitok.data.workers import stream
 from vitok.errors import InputError
@@ -45,18 +35,22 @@ POLL_SECONDS = 0.2
 
 
 class Progress(NamedTuple):
-    """Of one process since it began: `done` samples of `total`, and the share of time spent waiting for data."""
+    """Of one process: `samples` more are encoded of the `total` it has to do, and the share of the time since it
+    began that it has waited for data."""
 
-    done: int
+    samples: int
     total: int
     waiting: float
+
+
+Tell = Callable[[Progress], None]
 
 
 class Decoded(NamedTuple):
     """A batch as it comes from a worker: pixels [n, ...] uint8 of those that could be read (None of none)."""
 
     shard: int
-    count: int
+    samples: int
     indices: list[int]
     sizes: list[tuple[int, ...]]
     unreadable: list[tuple[int, str]]
@@ -70,6 +64,10 @@ class Moments(NamedTuple):
     logvar: Tensor | None
     flipped_mean: Tensor | None
     flipped_logvar: Tensor | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Moments:
+        mean, *others = self
+        return Moments(change(mean), *(None if x is None else change(x) for x in others))
 
 
 class Batches(Dataset[Decoded]):
@@ -93,6 +91,20 @@ class Batches(Dataset[Decoded]):
         return Decoded(shard, len(numbers), indices, sizes, unreadable, torch.stack(pixels) if pixels else None)
 
 
+class Waits(Iterator[Decoded]):
+    """The same batches, and the `seconds` that were spent waiting for them."""
+
+    def __init__(self, batches: Iterator[Decoded]) -> None:
+        self.batches, self.seconds = batches, 0.0
+
+    def __next__(self) -> Decoded:
+        begun = time.perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.seconds += time.perf_counter() - begun
+
+
 class Encoder:
     """A model made fast, and what it makes of a batch of pixels.
 
@@ -108,13 +120,10 @@ class Encoder:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Callable[[], Moments]:
         pixels = pixels.to(self.device, non_blocking=True)
-        found = [*self._moments(pixels), *(self._moments(pixels.flip(-2)) if self.flip else (None, None))]
+        found = Moments(*self._moments(pixels), *(self._moments(pixels.flip(-2)) if self.flip else (None, None)))
         if self.device.type != "cuda":
-            return lambda: Moments(*found)
-        fetched = [None if x is None else torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in found]
-        for x, y in zip(found, fetched, strict=True):
-            if x is not None and y is not None:
-                y.copy_(x, non_blocking=True)
+            return lambda: found
+        fetched = found.each(_fetched)
         done = torch.cuda.Event()
         done.record()
         if self._before is not None:
@@ -123,7 +132,7 @@ class Encoder:
 
         def wait() -> Moments:
             done.synchronize()
-            return Moments(*(None if y is None else y.clone() for y in fetched))
+            return fetched.each(Tensor.clone)
 
         return wait
 
@@ -170,18 +179,17 @@ class Shards:
         samples, step = self.samples(shard), self.options.batch
         return ((shard, samples[start : start + step]) for start in range(0, len(samples), step))
 
-    def encode(
-        self, encoder: Encoder, shards: Sequence[int], workers: int, tell: Callable[[Progress], None] = lambda _: None
-    ) -> None:
+    def encode(self, encoder: Encoder, shards: Sequence[int], workers: int, tell: Tell = lambda _: None) -> None:
         """Make and record these shards; InputError when they cannot be written."""
         items = [item for shard in shards for item in self.batches(shard)]
-        total, done, waited, begun = sum(len(self.samples(shard)) for shard in shards), 0, 0.0, time.perf_counter()
+        total, begun = sum(len(self.samples(shard)) for shard in shards), time.perf_counter()
         decoded = stream(Batches(self.listing, self.options.size), items, workers, pinned=encoder.device.type == "cuda")
+        waits = Waits(decoded)
         writing: Future[None] | None = None
         with ExitStack() as stack:
             stack.callback(decoded.close)
             writer = stack.enter_context(ThreadPoolExecutor(1))
-            for shard, group in groupby(_timed(decoded, times := []), key=attrgetter("shard")):
+            for shard, group in groupby(waits, key=attrgetter("shard")):
                 parts: list[tuple[Decoded, Callable[[], Moments] | None]] = []
                 for batch in group:
                     if writing is not None and writing.done():
@@ -189,8 +197,7 @@ class Shards:
                     parts.append((batch, None if batch.pixels is None else encoder(batch.pixels)))
                     if not self.format.pixels:
                         parts[-1] = (batch._replace(pixels=None), parts[-1][1])
-                    done, waited = done + batch.count, sum(times)
-                    tell(Progress(done, total, waited / max(time.perf_counter() - begun, 1e-9)))
+                    tell(Progress(batch.samples, total, waits.seconds / max(time.perf_counter() - begun, 1e-9)))
                 if writing is not None:
                     writing.result()  # at most one shard waits while another is written
                 writing = writer.submit(self._write, shard, parts)
@@ -205,21 +212,29 @@ class Shards:
         read = [(batch, moments()) for batch, moments in parts if moments is not None]
         if not read:
             return self.store.write_shard(Record(shard, [], [], unreadable, 0, [], []))
-        batches, moments = zip(*read, strict=True)
-        indices = [index for batch in batches for index in batch.indices]
-        pixels = torch.cat([batch.pixels for batch in batches]).movedim(-1, 1) if self.format.pixels else None
+        indices = [index for batch, _ in read for index in batch.indices]
+        pixels = [batch.pixels for batch, _ in read if batch.pixels is not None]
+        mean, *others = (_joined(each) for each in zip(*(moments for _, moments in read), strict=True))
+        assert mean is not None
         encoded = Encoded(
             [names[i] for i in indices], indices, [labels[i] for i in indices],
-            [size for batch in batches for size in batch.sizes],
-            *(None if parts[0] is None else torch.cat(parts) for parts in zip(*moments, strict=True)),
-            seed=self.options.seed, pixels=pixels,
+            [size for batch, _ in read for size in batch.sizes], mean, *others, self.options.seed,
+            torch.cat(pixels).movedim(-1, 1) if pixels else None,
         )  # fmt: skip
         write_encoded(self.store, self.format, shard, encoded, unreadable)
 
 
-def write_encoded(
-    store: Store, format: Format, shard: int, encoded: Encoded, unreadable: Sequence[Unreadable]
-) -> None:
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
+
+
+def _fetched(x: Tensor) -> Tensor:
+    """On its way into page-locked memory."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+def write_encoded(store: Store, format: Format, shard: int, encoded: Encoded, unreadable: Sequence[Unreadable]) -> None:
     """Write the files of a shard, then its record."""
     each = zip(encoded.mean, [None] * len(encoded.mean) if encoded.logvar is None else encoded.logvar, strict=True)
     count, first, second = sums(_finite(encoded.names, each))
@@ -232,9 +247,15 @@ def write_encoded(
 
 
 def build(
-    model: ViTok, listing: Listing, store: Store, options: Options, *, name: str, workers: int = 0,
-    tell: Callable[[Progress], None] = lambda _: None,
-    encode: Callable[[Shards, ViTok, Sequence[int]], None] | None = None,
+    model: ViTok,
+    listing: Listing,
+    store: Store,
+    options: Options,
+    *,
+    name: str,
+    workers: int = 0,
+    tell: Tell = lambda _: None,
+    encode: Callable[[Shards, ViTok, Sequence[int], Tell], None] | None = None,
 ) -> Statistics:
     """Fill the cache `store` with the latents of a data set, or go on with it, and say what it holds.
 
@@ -265,7 +286,7 @@ def build(
             raise InputError("the ranks do not see the same data set and model; give all of them the same paths")
         missing = ranks.gathered(ranks.first(begin) or [])
         if missing and encode is not None:
-            encode(shards, model, missing)
+            encode(shards, model, missing, tell)
         elif missing:
             shards.encode(Encoder(model, options), missing[ranks.rank :: ranks.count], workers, tell)
         # Not by a collective call, which would time out where one rank is much slower than another.
@@ -277,17 +298,19 @@ def build(
 
 
 def finish(store: Store, manifest: Manifest) -> Statistics:
-    """Write what stands once in a cache, when all its shards are recorded."""
+    """Write what stands once in a cache, when all its shards are recorded, unless it is there."""
+    if (summary := store.summary()) and all(map(store.stands, summary.files)):
+        return summary.statistics
     found = Statistics.of(lambda: store.records(manifest))
     if not found.mean:
         reason = next((each.reason for record in store.records(manifest) for each in record.unreadable), "it is empty")
         raise InputError(f"no sample of the data set can be read, such as this: {reason}")
     samples = ((s.name, s.index, s.label) for record in store.records(manifest) for s in record.samples)
-    summary = Summary(
+    whole = Summary(
         samples, manifest.data["classes"], torch.tensor(found.mean), torch.tensor(found.std), manifest.options["flip"]
     )
     format = FORMATS[manifest.options["format"]]
-    store.seal(manifest, found, _checked(format.finish(summary)))
+    store.seal(manifest, found, _checked(format.finish(whole)))
     store.clean()
     return found
 
@@ -305,18 +328,3 @@ def _finite(
         if not (mean.isfinite().all() and (logvar is None or logvar.isfinite().all())):
             raise InputError(f"the latents of {name!r} are not finite in {mean.dtype}; another --dtype may do")
         yield mean, logvar
-
-
-def _timed(batches: Iterator[Decoded], times: list[float]) -> Iterator[Decoded]:
-    """The same batches; `times` holds the seconds waited for them."""
-    times.append(0.0)
-    while True:
-        begun = time.perf_counter()
-        batch = next(batches, None)
-        times[0] += time.perf_counter() - begun
-        if batch is None:
-            return
-        yield batch
-
-
-__all__ = ["Encoder", "Progress", "Shards", "build", "finish", "replace", "write_encoded", "SUMMARY"]

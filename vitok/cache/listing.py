@@ -290,7 +290,9 @@ def _rows(data: str, rows: Any) -> Listing:
             raise InputError(f"data set {data}: column label must hold numbers or texts")
         labels, classes = _labelled(found)
         classes = list(getattr(rows.features["label"], "names", None) or classes)
-    read = Rows(rows.cast_column(columns[0], datasets.Image(decode=False)).select_columns(columns[:1]), columns[0], names)
+    read = Rows(
+        rows.cast_column(columns[0], datasets.Image(decode=False)).select_columns(columns[:1]), columns[0], names
+    )
     return Listing(names, labels, classes, False, read)
 
 

@@ -96,13 +96,13 @@ class Manifest:
             raise InputError(f"{path} is not the manifest of a latent cache: {error}") from None
 
     def difference(self, other: Manifest) -> str:
-        """The first thing in which `other` differs that matters, such as "model ab12 (here cd34)"; "" for none."""
+        """How the first thing that matters was made otherwise, such as "with batch 8 (here 4)"; "" for nothing."""
         pairs: list[tuple[str, Any, Any]] = [
-            ("a model of config", self.config_hash, other.config_hash),
-            ("a model of weights", self.weights_hash, other.weights_hash),
-            *((f"option {k} =", v, other.options.get(k)) for k, v in self.options.items()),
-            *((f"a data set of {k}", v, other.data.get(k)) for k, v in self.data.items()),
-            ("shards", self.shards, other.shards),
+            ("by a model of config", self.config_hash, other.config_hash),
+            ("by a model of weights", self.weights_hash, other.weights_hash),
+            *((f"with {name}", value, other.options.get(name)) for name, value in self.options.items()),
+            *((f"of a data set of other {name}:", value, other.data.get(name)) for name, value in self.data.items()),
+            ("of shards", self.shards, other.shards),
         ]
         return next((f"{what} {_short(a)} (here {_short(b)})" for what, a, b in pairs if a != b), "")
 
@@ -192,11 +192,32 @@ class Statistics:
         count = sum(part[0] for part in parts)
         if not count:
             return cls(samples, unreadable, shards, [], [], None)
-        mean, square = ([math.fsum(x) / count for x in zip(*sums, strict=True)] for sums in list(zip(*parts))[1:])
+        mean = [math.fsum(channel) / count for channel in zip(*(part[1] for part in parts), strict=True)]
+        square = [math.fsum(channel) / count for channel in zip(*(part[2] for part in parts), strict=True)]
         std = [math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean, square, strict=True)]
         channels = len(mean)
         variance = math.fsum(square) / channels - (math.fsum(mean) / channels) ** 2
         return cls(samples, unreadable, shards, mean, std, 1 / math.sqrt(variance) if variance > 0 else None)
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """summary.json: what a finished cache holds, and its files besides those of the shards."""
+
+    statistics: Statistics
+    files: list[File]
+
+    def to_bytes(self) -> bytes:
+        return to_bytes(dataclasses.asdict(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> CacheSummary:
+        """ValueError for what is none."""
+        try:
+            found = json.loads(data)
+            return cls(Statistics(**found["statistics"]), [File(**each) for each in found["files"]])
+        except (KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"not the summary of a cache: {error}") from None
 
 
 def sums(moments: Iterable[tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[int, list[float], list[float]]:
@@ -211,7 +232,8 @@ def sums(moments: Iterable[tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[i
         count += m.shape[1]
         firsts.append(m.sum(1).tolist())
         seconds.append(square.sum(1).tolist())
-    return count, *([math.fsum(channel) for channel in zip(*parts, strict=True)] for parts in (firsts, seconds))
+    first, second = ([math.fsum(channel) for channel in zip(*parts, strict=True)] for parts in (firsts, seconds))
+    return count, first, second
 
 
 def to_bytes(value: Any) -> bytes:

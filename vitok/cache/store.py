@@ -11,7 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from vitok.cache.manifest import MANIFEST, RECORDS, SUMMARY, File, Manifest, Record, record_path, to_bytes
+from vitok.cache.manifest import (
+    MANIFEST,
+    RECORDS,
+    SUMMARY,
+    CacheSummary,
+    File,
+    Manifest,
+    Record,
+    Statistics,
+    record_path,
+)
 from vitok.errors import InputError
 from vitok.io.files import flush_folder
 
@@ -57,6 +67,13 @@ class Store:
         """Of the shards that are finished."""
         return (record for record in map(self.record, range(manifest.shards)) if record)
 
+    def summary(self) -> CacheSummary | None:
+        """None of a cache that is not finished."""
+        try:
+            return CacheSummary.from_bytes((self.root / SUMMARY).read_bytes())
+        except (OSError, ValueError):
+            return None
+
     def stands(self, file: File) -> bool:
         """Whether a file is there, with the length it was written with."""
         try:
@@ -84,6 +101,8 @@ class Store:
             _held.add(descriptor)
             yield
         finally:
+            with suppress(OSError):
+                (self.root / STAGING).rmdir()
             _held.discard(descriptor)
             os.close(descriptor)
 
@@ -92,13 +111,19 @@ class Store:
         self.clean()
         there = self.manifest()
         if there is None:
-            if other := next(iter(sorted(path.name for path in self.root.iterdir())), None):
-                raise InputError(f"{self.root} holds other files, such as {other}, and no cache; choose an empty folder")
+            if other := min((name for name in os.listdir(self.root) if not name.startswith(".")), default=""):
+                raise InputError(
+                    f"{self.root} holds other files, such as {other}, and no cache; choose an empty folder"
+                )
             self.write([(MANIFEST, manifest.to_bytes())])
             return list(range(manifest.shards))
         if difference := there.difference(manifest):
-            raise InputError(f"{self.root} holds a cache of {difference}; choose another folder or remove it")
-        return [shard for shard in range(manifest.shards) if not self._finished(shard)]
+            raise InputError(f"{self.root} holds a cache made {difference}; choose another folder or remove it")
+        missing = [shard for shard in range(manifest.shards) if not self._finished(shard)]
+        with self._failures(""):  # what stands of them would say that they are finished
+            for path in [*map(record_path, missing), *([SUMMARY] if missing else [])]:
+                (self.root / path).unlink(missing_ok=True)
+        return missing
 
     def _finished(self, shard: int) -> bool:
         record = self.record(shard)
@@ -106,13 +131,13 @@ class Store:
 
     def write(self, files: Iterable[tuple[str, bytes]]) -> list[File]:
         """Put files onto the disk, all of them before any gets its name. InputError for a path that is not inside."""
-        staged: list[tuple[Path, File]] = []
-        folders: set[Path] = set()
+        staging = self.root / STAGING / secrets.token_hex(8)
         try:
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                staged = list(pool.map(lambda file: self._stage(*file), files))
+                staged = list(pool.map(lambda file: self._stage(staging, *file), files))
             if len({file.path for _, file in staged}) < len(staged):
                 raise InputError(f"two samples give one file of the cache {self.root}")
+            folders: set[Path] = set()
             for temporary, file in staged:
                 target = self.root / file.path
                 with self._failures(file.path):
@@ -121,37 +146,39 @@ class Store:
                         target.parent.mkdir(parents=True, exist_ok=True)
                         folders.add(target.parent)
                     os.replace(temporary, target)
-            for folder in {above for folder in folders for above in self._up_to_root(folder)}:
+            for folder in {above for each in folders for above in self._up_to_root(each)}:
                 flush_folder(folder)
-        except BaseException:
-            for temporary, _ in staged:
-                with suppress(OSError):
-                    temporary.unlink()
-            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
         return [file for _, file in staged]
 
     def write_shard(self, record: Record) -> None:
         self.write([(record_path(record.shard), record.to_bytes())])
+
+    def seal(self, manifest: Manifest, statistics: Statistics, files: Iterable[tuple[str, bytes]]) -> None:
+        """Write the files that stand once in a cache, and after them what says that it is whole."""
+        written = self.write(files)
+        own = [self._file(path) for path in (MANIFEST, *map(record_path, range(manifest.shards)))]
+        self.write([(SUMMARY, CacheSummary(statistics, [*own, *written]).to_bytes())])
+
+    def _file(self, path: str) -> File:
+        content = (self.root / path).read_bytes()
+        return File(path, len(content), hashlib.sha256(content).hexdigest())
 
     def clean(self) -> None:
         """Remove what a kill has left."""
         with self._failures(STAGING), suppress(FileNotFoundError):
             shutil.rmtree(self.root / STAGING)
 
-    def _stage(self, path: str, content: bytes) -> tuple[Path, File]:
+    def _stage(self, staging: Path, path: str, content: bytes) -> tuple[Path, File]:
         check_path(path)
-        temporary = self.root / STAGING / secrets.token_hex(8)
+        temporary = staging / secrets.token_hex(8)
         with self._failures(path):
-            temporary.parent.mkdir(exist_ok=True)
-            try:
-                with open(temporary, "xb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except BaseException:
-                with suppress(OSError):
-                    temporary.unlink()
-                raise
+            staging.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         return temporary, File(path, len(content), hashlib.sha256(content).hexdigest())
 
     def _check_inside(self, folder: Path, path: str) -> None:
@@ -178,7 +205,7 @@ class Store:
 
 
 def check_path(path: str, own: Sequence[str] = ()) -> None:
-    """InputError unless `path` names a file below the folder it is taken from."""
+    """InputError unless `path` names a file below the folder it is taken from, and none of the `own` ones there."""
     parts = path.split("/")
     if (
         "" in parts or "." in parts or ".." in parts or "\\" in path or "\0" in path or parts[0] in own
@@ -199,4 +226,3 @@ def _let_go() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
-__all__ = ["OWN", "Store", "check_path", "to_bytes"]

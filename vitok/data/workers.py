@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
@@ -14,7 +14,9 @@ from vitok.errors import InputError
 T = TypeVar("T")
 
 
-def stream(dataset: Dataset[T], items: Sequence[Any], workers: int, *, pinned: bool = False) -> Iterator[T]:
+def stream(
+    dataset: Dataset[T], items: Sequence[Any], workers: int, *, pinned: bool = False
+) -> Generator[T, None, None]:
     """`dataset[item]` for each of `items`, prepared by that many processes, or by this one for 0.
 
     `pinned` puts tensors into page-locked memory. An InputError is raised here as it was raised there.
