@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def on_ray(workers: int) -> Callable[[Shards, ViTok, Sequence[int], Tell], None]
     def encode(shards: Shards, model: ViTok, missing: Sequence[int], tell: Tell) -> None:
         own = not ray.is_initialized()
         if own:
-            ray.init(log_to_driver=False, logging_level="warning")
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
         try:
             gpus = model.device.type == "cuda"
             there = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 0))
@@ -58,7 +59,7 @@ def on_ray(workers: int) -> Callable[[Shards, ViTok, Sequence[int], Tell], None]
             device = "cuda" if gpus else "cpu"
             actors = [actor.remote(shared, device, to_read, workers) for _ in range(min(there, len(missing)))]
             total = sum(len(shards.samples(shard)) for shard in missing)
-            made = ActorPool(actors).map_unordered(lambda actor, shard: actor.make.remote(shard), missing)
+            made = ActorPool(actors).map_unordered(lambda actor, shard: actor.make.remote(shard), list(missing))
             for samples, problem in made:
                 if problem:
                     raise InputError(problem)
