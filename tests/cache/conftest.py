@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from vitok.cache import Encoded
+from vitok.cache import FORMATS, Encoded
 
 
 @pytest.fixture
@@ -17,7 +19,9 @@ def encoded():
     ):
         def values(kind):
             generators = [torch.Generator().manual_seed(100 * (first + i) + kind) for i in range(count)]
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(dtype)
+            return torch.cat([torch.zeros(0, *shape), *(torch.randn(1, *shape, generator=g) for g in generators)]).to(
+                dtype
+            )
 
         numbers = range(first, first + count)
         clip = (5,) if len(shape) == 4 else ()
@@ -33,5 +37,41 @@ def encoded():
             "seed": 7,
         }
         return Encoded(**(given | fields))
+
+    return make
+
+
+@pytest.fixture
+def cache(tmp_path, encoded):
+    """`cache(counts, ...)`: a finished cache with so many samples in each shard, and what was written into it."""
+
+    def make(*counts, folder="cache", format="safetensors", finished=True, **fields):
+        root = tmp_path / folder
+        (root / "manifest").mkdir(parents=True)
+        parts = [encoded(count, first=sum(counts[:i]), **fields) for i, count in enumerate(counts)]
+        about = {
+            "format": "vitok-cache",
+            "version": 1,
+            "data": {"samples": sum(counts), "classes": ["class_0", "class_1", "class_2"]},
+            "options": {"format": format},
+            "shards": len(counts),
+        }
+        (root / "manifest.json").write_text(json.dumps(about))
+        for number, part in enumerate(parts):
+            files = []
+            for name, data in FORMATS[format].shard(number, part) if len(part.names) else ():
+                (root / name).write_bytes(data)
+                files.append({"path": name, "bytes": len(data)})
+            samples = [{"name": name} for name in part.names]
+            (root / "manifest" / f"{number:05d}.json").write_text(json.dumps({"files": files, "samples": samples}))
+        if finished:
+            drawn = torch.cat([part.draw() for part in parts if len(part.names)]).float().movedim(1, 0).flatten(1)
+            stats = {
+                "mean": drawn.mean(1).tolist(),
+                "std": drawn.std(1).tolist(),
+                "scaling_factor": 1 / drawn.std().item(),
+            }
+            (root / "summary.json").write_text(json.dumps(stats))
+        return root, parts
 
     return make

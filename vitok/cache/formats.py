@@ -351,7 +351,7 @@ def _draw(mean: Tensor, logvar: Tensor | None, seed: int, indices: Sequence[int]
 
 def _npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
+    np.save(file, np.ascontiguousarray(array), allow_pickle=False)
     return file.getvalue()
 
 
