@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -214,19 +214,18 @@ class Shards:
             return self.store.write_shard(Record(shard, [], [], unreadable, 0, [], []))
         indices = [index for batch, _ in read for index in batch.indices]
         pixels = [batch.pixels for batch, _ in read if batch.pixels is not None]
-        mean, *others = (_joined(each) for each in zip(*(moments for _, moments in read), strict=True))
-        assert mean is not None
+        moments = Moments(*map(_joined, zip(*(found for _, found in read), strict=True)))
         encoded = Encoded(
             [names[i] for i in indices], indices, [labels[i] for i in indices],
-            [size for batch, _ in read for size in batch.sizes], mean, *others, self.options.seed,
-            torch.cat(pixels).movedim(-1, 1) if pixels else None,
+            [size for batch, _ in read for size in batch.sizes], **moments._asdict(), seed=self.options.seed,
+            pixels=torch.cat(pixels).movedim(-1, 1) if pixels else None,
         )  # fmt: skip
         write_encoded(self.store, self.format, shard, encoded, unreadable)
 
 
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    there = [part for part in parts if part is not None]
-    return torch.cat(there) if there else None
+def _joined(parts: Sequence[Any]) -> Any:
+    """All there are, or None where there are none."""
+    return None if parts[0] is None else torch.cat(parts)
 
 
 def _fetched(x: Tensor) -> Tensor:

@@ -208,14 +208,15 @@ class CacheSummary:
     files: list[File]
 
     def to_bytes(self) -> bytes:
-        return to_bytes(dataclasses.asdict(self))
+        return to_bytes({**dataclasses.asdict(self.statistics), "files": [dataclasses.asdict(f) for f in self.files]})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> CacheSummary:
         """ValueError for what is none."""
         try:
             found = json.loads(data)
-            return cls(Statistics(**found["statistics"]), [File(**each) for each in found["files"]])
+            files = [File(**each) for each in found.pop("files")]
+            return cls(Statistics(**found), files)
         except (KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"not the summary of a cache: {error}") from None
 
