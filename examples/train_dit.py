@@ -65,8 +65,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def open_tokenizer(data: LatentDataset, options: argparse.Namespace, device: torch.device) -> vitok.ViTok:
     """The model that made the cache."""
-    model = vitok.load(options.model or data.manifest["model"], device=device)
-    made_by = data.manifest["config_hash"], data.manifest["weights_hash"]
+    model = vitok.load(options.model or data.manifest.model, device=device)
+    made_by = data.manifest.config_hash, data.manifest.weights_hash
     if made_by != (model.config.hash(), weights_hash(model)):
         raise vitok.InputError(f"{data.root} was made by another model; name the one that made it by --model")
     return model
