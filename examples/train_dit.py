@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         dit = make_dit(shape, classes, options).to(device)
         if options.checkpoint:
             dit.load_state_dict(load_file(options.checkpoint))
-        losses = train(dit, data, classes, options)
+        losses = train(dit, data, classes, options) if options.steps > 0 else []
         if Ranks.current().rank == 0:
             with atomic_path(options.out / "dit.safetensors") as path:
                 save_file(dit.state_dict(), path)

@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
+import vitok
 from vitok.cache import FORMATS, Encoded
+from vitok.checkpoint import weights_hash
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def encoded():
 def cache(tmp_path, encoded):
     """`cache(counts, ...)`: a finished cache with so many samples in each shard, and what was written into it."""
 
-    def make(*counts, folder="cache", format="safetensors", finished=True, **fields):
+    def make(*counts, folder="cache", format="safetensors", model=None, **fields):
         root = tmp_path / folder
         (root / "manifest").mkdir(parents=True)
         parts = [encoded(count, first=sum(counts[:i]), **fields) for i, count in enumerate(counts)]
@@ -56,6 +58,10 @@ def cache(tmp_path, encoded):
             "options": {"format": format},
             "shards": len(counts),
         }
+        if model is not None:
+            vitok.checkpoint.save(model, tmp_path / "model")
+            about |= {"model": str(tmp_path / "model"), "config_hash": model.config.hash()}
+            about |= {"weights_hash": weights_hash(model)}
         (root / "manifest.json").write_text(json.dumps(about))
         for number, part in enumerate(parts):
             files = []
@@ -64,14 +70,10 @@ def cache(tmp_path, encoded):
                 files.append({"path": name, "bytes": len(data)})
             samples = [{"name": name} for name in part.names]
             (root / "manifest" / f"{number:05d}.json").write_text(json.dumps({"files": files, "samples": samples}))
-        if finished:
-            drawn = torch.cat([part.draw() for part in parts if len(part.names)]).float().movedim(1, 0).flatten(1)
-            stats = {
-                "mean": drawn.mean(1).tolist(),
-                "std": drawn.std(1).tolist(),
-                "scaling_factor": 1 / drawn.std().item(),
-            }
-            (root / "summary.json").write_text(json.dumps(stats))
+        drawn = torch.cat([part.draw() for part in parts if len(part.names)]).float().movedim(1, 0).flatten(1)
+        mean, std = drawn.mean(1).tolist(), drawn.std(1).tolist()
+        stats = {"mean": mean, "std": std, "scaling_factor": 1 / drawn.std().item()}
+        (root / "summary.json").write_text(json.dumps({"statistics": stats}))
         return root, parts
 
     return make

@@ -103,8 +103,9 @@ class LatentDataset(Dataset[dict[str, Any]]):
         for shard in self.shards:
             _check(shard)
         try:
-            mean, std = (torch.tensor(summary[key], dtype=torch.float32) for key in ("mean", "std"))
-            self.stats = Stats(mean, std, float(summary["scaling_factor"] or 1))
+            found = summary["statistics"]
+            mean, std = (torch.tensor(found[key], dtype=torch.float32) for key in ("mean", "std"))
+            self.stats = Stats(mean, std, float(found["scaling_factor"] or 1))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self.root / 'summary.json'} is not the summary of a latent cache") from error
         self.ends = list(accumulate(shard.samples for shard in self.shards))
