@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -150,6 +151,8 @@ def test_tar_shards_with_classes_beside_the_pictures(vitok, options, photos, tmp
     assert vitok(*options("c", "--workers", 1, data=tmp_path / "a.tar")).code == 0
     samples = [s for record in Store(tmp_path / "c").records(Store(tmp_path / "c").opened()) for s in record.samples]
     assert [s.label for s in samples] == [0, 7, 14, 21, 28, 3, -1] and samples[5].name == "a.tar/last.png"
+    assert vitok(*options("d", "--workers", 0, data=tmp_path / "?.tar")).code == 0
+    assert contents(tmp_path / "d") == contents(tmp_path / "c")
 
 
 def test_tricky_names_stay_inside(vitok, options, photos, tmp_path):
@@ -217,6 +220,22 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(vitok, options,
     assert kill_at_random_moments(arguments, tmp_path / "killed", times) >= min(times, 3)
     assert vitok(*arguments).code == 0
     assert contents(tmp_path / "killed") == expected
+
+
+def test_a_stopped_run_cleans_up_and_goes_on(options, expected, tmp_path):
+    arguments = options("stopped", "--workers", "1")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `expected` has left it ignored, which a child would inherit
+    process = subprocess.Popen(
+        [PROGRAM, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (tmp_path / "stopped" / "manifest.json").exists():
+        time.sleep(0.001)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM and said.startswith("error: interrupted"), said
+    assert not (tmp_path / "stopped" / STAGING).exists()
+    assert subprocess.run([PROGRAM, *arguments], capture_output=True).returncode == 0
+    assert contents(tmp_path / "stopped") == expected
 
 
 KILLED_RANK = """
@@ -420,6 +439,15 @@ def test_merge(vitok, options, photos, files, models, tmp_path):
     result = vitok("cache", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "n")
     assert result.code == 2 and "latents-00001.safetensors has been altered" in result.err
     refused(vitok("cache", "merge", tmp_path / "a", "--out", tmp_path / "n"), "two caches or more")
+
+
+def test_the_page_runs(photos, tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "docs" / "integrations" / "caches.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert names["found"].samples == COUNT and names["latents"].dim() == 3
 
 
 # --- other packages

@@ -225,7 +225,7 @@ class Shards:
 
 def _joined(parts: Sequence[Any]) -> Any:
     """All there are, or None where there are none."""
-    return None if parts[0] is None else torch.cat(parts)
+    return None if parts[0] is None else torch.cat(list(parts))
 
 
 def _fetched(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from glob import glob
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,9 +76,9 @@ def open_listing(data: str | os.PathLike[str], frames: int) -> Listing:
     """The samples of a folder of pictures, of tar shards, of a folder of videos or of a Hugging Face data set.
 
     Args:
-        data: a folder, a .tar file, "hf:NAME" or "hf:NAME:SPLIT", or a folder written by `Dataset.save_to_disk`.
-            Where every picture or video lies in a subfolder, the first folders are the classes. Hidden files are left
-            out.
+        data: a folder, a file, a pattern such as "shards/train-*.tar", "hf:NAME" or "hf:NAME:SPLIT", or a folder that
+            `Dataset.save_to_disk` wrote. Where every picture or video lies in a subfolder, the first folders are the
+            classes. Hidden files are left out.
         frames: of a video its first so many frames are its sample.
 
     Raises InputError where there are no samples, or samples of several kinds.
@@ -87,12 +88,16 @@ def open_listing(data: str | os.PathLike[str], frames: int) -> Listing:
     root = Path(data)
     if any((root / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _saved(root)
-    if os.path.isfile(root):
-        root, found, problems = root.parent, {_kind(root.name): [root.name]}, list[str]()
-    elif os.path.isdir(root):
+    problems: list[str] = []
+    if os.path.isdir(root):
         found, problems = _walk(root)
     else:
-        raise InputError(f"data set {data} does not exist")
+        matches = [str(data)] if os.path.isfile(root) else sorted(filter(os.path.isfile, glob(str(data))))
+        if not matches:
+            raise InputError(f"data set {data} does not exist")
+        root, found = Path(os.path.commonpath([os.path.dirname(match) for match in matches])), {}
+        for match in matches:
+            found.setdefault(_kind(match), []).append(os.path.relpath(match, root).replace(os.sep, "/"))
     kinds = {"image": "pictures", "clip": "videos", "tar": "tar shards"}
     there = [kind for kind in kinds if found.get(kind)]
     if len(there) != 1:
