@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vitok.bottlenecks import GaussianPosterior, Posterior
@@ -26,6 +26,7 @@ from vitok.errors import InputError
 from vitok.inference import FastViTok
 from vitok.integrations.statistics import Statistics, read_statistics
 from vitok.io.files import atomic_path
+from vitok.layers import ParallelBlock, SerialBlock
 from vitok.model import ViTok
 
 try:
@@ -35,14 +36,19 @@ try:
     from diffusers.models.modeling_utils import ModelMixin
     from diffusers.utils.accelerate_utils import apply_forward_hook
 except (ImportError, RuntimeError) as error:  # the second from a torchvision of another torch
-    reason = "" if getattr(error, "name", None) == "diffusers" else f" ({' '.join(str(error).split())[:120]})"
+    absent = (getattr(error, "name", None) or "").partition(".")[0] == "diffusers"
+    reason = "" if absent else f", which cannot be imported ({' '.join(str(error).split())[:120]})"
     raise InputError(f"AutoencoderViTok needs diffusers{reason}: pip install 'vitok[diffusers]'") from None
 
 CODE = "autoencoder_vitok"
 """Beside the weights, what `diffusers.AutoModel` runs where a user trusts it: an import of this module."""
 
+CPU = torch.device("cpu")
+
 TILE = 1024
 """Tokens at a time while tiling is on."""
+
+ABSENT = "the config has no `vitok`, the fields of a ViTokConfig"
 
 
 class LatentDistribution(DiagonalGaussianDistribution):
@@ -126,7 +132,7 @@ class AutoencoderViTok(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if vitok is None:
-            raise InputError("the config has no `vitok`, the fields of a ViTokConfig: it is of another auto-encoder")
+            raise InputError(ABSENT)
         config = ViTokConfig.from_dict(vitok)
         c = config.channels
         normal = {
@@ -180,6 +186,15 @@ class AutoencoderViTok(ModelMixin, ConfigMixin):
             if info.get(kind):
                 raise InputError(f"{path} {problem} weight(s) {listed(info[kind])}")
         return (model, info) if told else model
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "vitok" not in config:
+            own = "preset" in config and "patch" in config
+            raise InputError(f"{ABSENT}; {'from_vitok takes a model directory' if own else 'it is of something else'}")
+        return loaded
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -272,15 +287,39 @@ class AutoencoderViTok(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile encoder and decoder where they are, so that `encode` and `decode` are compiled and not `forward` only.
+        """Compile encoder and decoder in place: `encode` and `decode` are compiled, not `forward` alone.
 
         Arguments are those of `torch.compile`.
         """
         self.model.encoder.compile(*args, **kwargs)
         self.model.decoder.compile(*args, **kwargs)
 
-    def _blocks(self) -> Iterator[nn.Module]:
-        yield from (*self.model.encoder.stack.blocks, *self.model.decoder.stack.blocks)
+    def enable_group_offload(
+        self,
+        onload_device: torch.device,
+        offload_device: torch.device = CPU,
+        offload_type: str = "block_level",
+        **options: Any,
+    ) -> None:
+        """As diffusers does it; by leaves the few vectors that blocks hold themselves stay on `onload_device`.
+
+        A LayerScale is used after its block has returned, and blocks are also run in halves: no hook would bring them.
+        """
+        modules = (
+            [m for block in self._blocks() for m in (block, block.attention)] if offload_type == "leaf_level" else []
+        )
+        kept = [(module, module._parameters) for module in modules]
+        for module, _ in kept:
+            module._parameters = {}
+        super().enable_group_offload(onload_device, offload_device, offload_type, **options)
+        for module, own in kept:
+            module._parameters = own
+            for vector in own.values():
+                if vector is not None:
+                    vector.data = vector.data.to(onload_device)
+
+    def _blocks(self) -> Iterator[SerialBlock | ParallelBlock]:
+        yield from (m for m in self.model.modules() if isinstance(m, (SerialBlock, ParallelBlock)))
 
     def _chunk(self) -> int | None:
         return TILE if self.use_tiling and not torch.is_grad_enabled() else None

@@ -53,19 +53,17 @@ def read_statistics(path: str | Path) -> Statistics:
         raise InputError(f"cannot read statistics {path}: {error}") from error
     values = values if isinstance(values, dict) else {}
     mean, std, factor = (values.get(key) for key in ("mean", "std", "scaling_factor"))
-    if not (_numbers(mean) and _numbers(std) and len(mean) == len(std) > 0):
+    if not (isinstance(mean, list) and isinstance(std, list) and _finite(mean + std) and len(mean) == len(std) > 0):
         raise InputError(f"statistics {path} must hold `mean` and `std`, lists of one finite number a channel")
     if factor is None:
         return Statistics.of(*(torch.tensor(x, dtype=torch.float64) for x in (mean, std)))
-    if not _numbers([factor]):
+    if not _finite([factor]):
         raise InputError(f"statistics {path}: scaling_factor must be a finite number, got {factor!r}")
     return Statistics(mean, std, factor)
 
 
-def _numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in values
-    )
+def _finite(values: list[Any]) -> bool:
+    return all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in values)
 
 
 @torch.inference_mode()
