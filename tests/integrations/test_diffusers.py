@@ -384,6 +384,7 @@ def test_statistics_of_data(tiny, pictures, kind):
     name, fields = KINDS[kind]
     model = tiny(name, **fields)
     known = statistics.measure(model, pictures, size=32)
+    assert known.samples == 3
     assert known == statistics.measure(model, pictures, size=32) and known != statistics.measure(
         model, pictures, size=24
     )

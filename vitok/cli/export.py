@@ -47,11 +47,11 @@ def diffusers(
         raise InputError("give --stats or --data, not both")
     model = open_model(model_name, device, dtype)
     known = read_statistics(stats) if stats else None
+    open_folder(out)
     if data:
         known = measure(model, data, size=size, samples=samples, seed=seed)
+        click.echo(f"measured on {known.samples}")
     vae = AutoencoderViTok.from_vitok(model, stats=known)
-    open_folder(out)
     vae.save_pretrained(out)
-    if known:
-        click.echo(f"scaling_factor {vae.config.scaling_factor:.5g}, shift_factor {vae.config.shift_factor:.5g}")
+    click.echo(f"scaling_factor {vae.config.scaling_factor:.5g}, shift_factor {vae.config.shift_factor:.5g}")
     click.echo(out)

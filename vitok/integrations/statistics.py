@@ -23,18 +23,19 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of every latent channel, and the factor that gives all channels together a
-    standard deviation of 1."""
+    """Mean and standard deviation of every latent channel, the factor that gives all channels together a standard
+    deviation of 1, and how many pictures or clips they are of, where that is known."""
 
     mean: list[float]
     std: list[float]
     scaling_factor: float
+    samples: int | None = None
 
     @classmethod
-    def of(cls, mean: Tensor, std: Tensor) -> Statistics:
+    def of(cls, mean: Tensor, std: Tensor, samples: int | None = None) -> Statistics:
         """From float64 [c] each."""
         variance = (std.square() + mean.square()).mean() - mean.mean().square()
-        return cls(mean.tolist(), std.tolist(), variance.item() ** -0.5 if variance > 0 else 1.0)
+        return cls(mean.tolist(), std.tolist(), variance.item() ** -0.5 if variance > 0 else 1.0, samples)
 
     @property
     def shift_factor(self) -> float:
@@ -56,7 +57,7 @@ def read_statistics(path: str | Path) -> Statistics:
     if not (isinstance(mean, list) and isinstance(std, list) and _finite(mean + std) and len(mean) == len(std) > 0):
         raise InputError(f"statistics {path} must hold `mean` and `std`, lists of one finite number a channel")
     if factor is None:
-        return Statistics.of(*(torch.tensor(x, dtype=torch.float64) for x in (mean, std)))
+        return Statistics.of(torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64))
     if not _finite([factor]):
         raise InputError(f"statistics {path}: scaling_factor must be a finite number, got {factor!r}")
     return Statistics(mean, std, factor)
@@ -75,23 +76,23 @@ def measure(model: ViTok, data: str | Path, *, size: int = 256, samples: int = 1
     Args:
         data: a folder, a file or a pattern, as in `vitok.data.sources.open_source`.
         size: pixels; the short side is resized to it and the centre square is taken.
-        samples: at most so many, chosen by `seed`.
+        samples: at most so many, chosen by `seed`. Those that cannot be read are left out, and not counted.
 
     Raises InputError where there is no data, or none of it can be read.
     """
     source = open_source(data, model.config.clip_frames)
     total = torch.zeros(2, model.config.channels, dtype=torch.float64)
-    count = 0
+    count = read = 0
     clips = _clips(source, size, samples, seed)
     while batch := list(islice(clips, BATCH)):
         posterior = model.encode(torch.stack(batch), layout="channels_last")
         mean, variance = (x.double().cpu().transpose(0, 1).flatten(1) for x in (posterior.mean, posterior.std.square()))
         total += torch.stack((mean.sum(1), (mean.square() + variance).sum(1)))
-        count += mean.shape[1]
+        count, read = count + mean.shape[1], read + len(batch)
     if not count:
         raise InputError(f"data {data}: none of the chosen {source.kind} could be read")
     first, second = total / count
-    return Statistics.of(first, (second - first.square()).clamp(min=0).sqrt())
+    return Statistics.of(first, (second - first.square()).clamp(min=0).sqrt(), read)
 
 
 def _clips(source: Source, size: int, samples: int, seed: int) -> Iterator[Tensor]:
