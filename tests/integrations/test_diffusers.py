@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,6 @@ def test_saves_and_loads(make, kind, batch, tmp_path):
     for load in (
         lambda: AutoencoderViTok.from_pretrained(tmp_path / "vae"),
         lambda: AutoencoderViTok.from_pretrained(str(tmp_path), subfolder="vae", low_cpu_mem_usage=False),
-        lambda: AutoModel.from_pretrained(str(tmp_path / "vae"), trust_remote_code=True),
     ):
         loaded = load()
         assert torch.equal(run(loaded, batch), expected) and not loaded.training
@@ -162,6 +162,13 @@ def test_saves_and_loads(make, kind, batch, tmp_path):
         assert {key: x for key, x in loaded.config.items() if not key.startswith("_")} == ours
     again = AutoencoderViTok.from_config(loaded.config)
     assert again.config.scaling_factor == 0.7 and again.config.latents_mean == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_auto_model_finds_the_class(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    make().save_pretrained(tmp_path / "vae")
+    assert isinstance(AutoModel.from_pretrained(str(tmp_path / "vae"), trust_remote_code=True), AutoencoderViTok)
 
 
 def test_loads_shards_and_dtypes(make, tmp_path):

@@ -208,7 +208,7 @@ class AutoencoderViTok(ModelMixin, ConfigMixin):
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         with atomic_path(Path(save_directory, f"{CODE}.py")) as path:
-            path.write_text(f"from {__name__} import {type(self).__name__}  # noqa: F401\n")
+            path.write_text(f"from {__name__} import AutoencoderViTok  # noqa: F401\n")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @apply_forward_hook
