@@ -93,6 +93,10 @@ class ViTok(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def _moved(self, x: Tensor) -> Tensor:
+        """To the model's device; not where weights wait on "meta" for accelerate to bring them, and it brings x too."""
+        return x if self.device.type == "meta" else x.to(self.device)
+
     def reset_parameters(self) -> None:
         """Xavier-uniform matrices, zero biases; norms and LayerScale keep the values they are made with."""
         for module in self.modules():
@@ -118,7 +122,7 @@ class ViTok(nn.Module):
         clip, image = as_clip(pixels, layout)
         check_range(clip)
         chunk = self._plan_encode([clip], chunk)
-        return self.encoder(clip.to(self.device), image, chunk)
+        return self.encoder(self._moved(clip), image, chunk)
 
     def decode(self, latents: Tensor, *, size: tuple[int, ...] | None = None, chunk: int | None = None) -> Tensor:
         """Decode latents to pixels in (about) [-1, 1], not clamped: [B, 3, H, W] or [B, 3, T, H, W], the model's dtype.
@@ -157,7 +161,7 @@ class ViTok(nn.Module):
                 f"[B, {channels}, t, h, w], got {latents.dtype} {list(latents.shape)}"
             )
         image = latents.dim() == 4
-        latents = (latents.unsqueeze(2) if image else latents).to(self.device, self.dtype)
+        latents = self._moved(latents.unsqueeze(2) if image else latents).to(self.dtype)
         q, p = self.config.tubelet
         covered = tuple(n * step for n, step in zip(latents.shape[2:], (q, p, p), strict=True))
         frames = 1 if image else covered[0]
