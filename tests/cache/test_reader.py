@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vitok.bottlenecks import GaussianPosterior
-from vitok.cache import LatentDataset, ShardSampler, sample_latents
+from vitok.cache import LatentDataset, ShardSampler, Stats, sample_latents
 
 KEYS = ("mean", "logvar", "flipped_mean", "flipped_logvar")
 
@@ -98,6 +98,13 @@ def test_statistics_normalise(cache):
     assert torch.allclose(stats.denormalize(normal), drawn, atol=1e-5)
     assert torch.allclose(stats.normalize(drawn.unsqueeze(2)).squeeze(2), normal)
     assert stats.scaling_factor == pytest.approx(1 / drawn.std().item(), rel=0.05)
+
+
+def test_a_constant_channel_becomes_zero():
+    stats = Stats(torch.tensor([2.0, 1.0]), torch.tensor([0.0, 2.0]), 1.0)
+    latents = torch.tensor([2.0, 5.0]).view(1, 2, 1, 1)
+    assert stats.normalize(latents).flatten().tolist() == [0, 2]
+    assert stats.denormalize(stats.normalize(latents)).equal(latents)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])

@@ -53,10 +53,10 @@ class Stats:
         mean, std = self._like(latents)
         return latents * std + mean
 
-    def _like(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _like(self, latents: Tensor) -> tuple[Tensor, ...]:
         shape = (-1, *[1] * (latents.dim() - 2))
-        mean, std = (each.to(latents.device, latents.dtype).reshape(shape) for each in (self.mean, self.std))
-        return mean, std
+        std = self.std.where(self.std > 0, 1)  # a channel that is constant becomes zero
+        return tuple(each.to(latents.device, latents.dtype).reshape(shape) for each in (self.mean, std))
 
 
 class LatentDataset(Dataset[dict[str, Any]]):
