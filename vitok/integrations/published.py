@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vitok.config import StackConfig, ViTokConfig, listed, suggest
 from vitok.errors import InputError
+from vitok.integrations.hub import download
 from vitok.model import ViTok
 
 Source = str | Path | Mapping[str, Tensor]
@@ -230,15 +231,8 @@ def _fetch(name: str, part: str) -> Path:
             f"got {name!r}{suggest(name, PUBLISHED)}"
         )
     repository = REPOSITORY.format(name)
-    try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(repository, f"{part}.safetensors"))
-    except Exception as error:  # whatever the network, the hub or its absence may raise
-        raise InputError(
-            f"cannot fetch {part}.safetensors of {repository} ({' '.join(str(error).split())[:120]}); put the file "
-            f"from https://huggingface.co/{repository} anywhere and name it by {part}="
-        ) from error
+    instead = f"put the file from https://huggingface.co/{repository} anywhere and name it by {part}="
+    return download(repository, f"{part}.safetensors", instead)
 
 
 # --- from their layout to ours
