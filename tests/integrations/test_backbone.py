@@ -113,7 +113,7 @@ def test_pruning_keeps_the_features_and_the_model(model, picture):
     assert kept == [0, 1] and len(features.stack.blocks) == 2 == len(features.feature_info)
     got = features.forward_intermediates(picture, kept, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    assert len(model.encoder.stack.blocks) == 3 and not any("norm.weight" == key for key in features.stack.state_dict())
+    assert len(model.encoder.stack.blocks) == 3 and not any(key == "norm.weight" for key in features.stack.state_dict())
     assert torch.equal(backbone(model)(picture), whole(picture))
 
 
@@ -180,8 +180,10 @@ def test_what_cannot_be(tiny, picture, one_sentence):
 
 
 def test_timm_takes_it(model, picture):
-    timm = pytest.importorskip("timm", reason="timm, or the torchvision it needs, is not installed", exc_type=ImportError)
-    net = timm.models.FeatureGetterNet(backbone(model), out_indices=[0, -1], norm=True)
+    timm = pytest.importorskip(
+        "timm", reason="timm, or the torchvision it needs, is not installed", exc_type=ImportError
+    )
+    net = timm.models._features.FeatureGetterNet(backbone(model), out_indices=[0, -1], norm=True)
     found = net(picture)
     assert net.feature_info.channels() == [48, 48] and net.feature_info.reduction() == [8, 8]
     assert [tuple(x.shape) for x in found] == [(2, 48, 4, 5)] * 2

@@ -186,7 +186,9 @@ def test_push_to_hub_sends_the_same_files(tiny, monkeypatch, one_sentence):
         sent[repo_id] = {file: (Path(folder_path) / file).read_bytes() for file in os.listdir(folder_path)}
         return f"https://hub/{repo_id}/commit/1"
 
-    monkeypatch.setattr(hub.HfApi, "create_repo", lambda self, repo_id, **_: hub.RepoUrl(f"https://huggingface.co/{repo_id}"))
+    monkeypatch.setattr(
+        hub.HfApi, "create_repo", lambda self, repo_id, **_: hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+    )
     monkeypatch.setattr(hub.HfApi, "upload_folder", upload)
     assert tiny().push_to_hub(NAME, private=True).endswith("/commit/1")
     assert sent[NAME].keys() == {"README.md", "config.json", "model.safetensors"}
@@ -195,3 +197,13 @@ def test_push_to_hub_sends_the_same_files(tiny, monkeypatch, one_sentence):
         with pytest.raises(InputError) as error:
             tiny().push_to_hub(name)
         one_sentence(error.value, "owner/name")
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    page = Path(__file__).parents[2] / "docs" / "integrations" / "hub.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, ViTok] = {}
+    exec(code, names)
+    assert same(names["again"], names["model"])

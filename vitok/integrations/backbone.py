@@ -49,6 +49,7 @@ class Backbone(nn.Module):
         self.stack.blocks, self.stack.norm = model.encoder.stack.blocks[:], model.encoder.stack.norm
         self.num_features = self.config.encoder_width
         self.grad_checkpointing = False
+        self.train(model.training)
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
