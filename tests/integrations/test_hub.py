@@ -129,13 +129,18 @@ def test_from_the_cache_without_a_network(fresh, saved, tmp_path, one_sentence):
 def test_what_cannot_be_fetched(fresh, hub, saved, one_sentence):
     address, _ = hub
     everywhere = ("cannot fetch", "put config.json and model.safetensors from", f"https://huggingface.co/{NAME}")
-    nowhere = fresh(REFUSED.format(name=f"hf:{NAME}"), HF_ENDPOINT="http://127.0.0.1:9")
-    one_sentence(InputError(nowhere), "config.json of", *everywhere)
     (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
     refused = "".join(REFUSED.format(name=f"hf:{NAME}{revision}") for revision in ("@gone", ""))
     gone, pickled = fresh(refused, HF_ENDPOINT=address).splitlines()
     one_sentence(InputError(gone), "config.json of", *everywhere)
     one_sentence(InputError(pickled), "model.safetensors of", *everywhere)
+
+
+@pytest.mark.long
+def test_without_a_network(fresh, one_sentence):
+    """huggingface_hub tries again for half a minute."""
+    refused = fresh(REFUSED.format(name=f"hf:{NAME}"), HF_ENDPOINT="http://127.0.0.1:9")
+    one_sentence(InputError(refused), "cannot fetch config.json of", "put config.json and model.safetensors from")
 
 
 def test_without_the_package(monkeypatch, tiny, tmp_path, one_sentence):

@@ -66,9 +66,9 @@ def load_vitok_v2(
             if source is not None
         }
         config = ViTokConfig.from_name(variant, preset="v2") if variant else _v2_config(parts)
-        shapes = {"encoder": _v2_encoder_shapes, "decoder": _v2_decoder_shapes}
+        shapes = v2_shapes(config)
         for name, weights in parts.items():
-            weights.check(shapes[name](config))
+            weights.check(shapes[name])
         readers = {"encoder": _v2_encoder, "decoder": _v2_decoder}
         state = {
             f"{name}.{key}": tensor for name, weights in parts.items() for key, tensor in readers[name](weights, config)
@@ -275,6 +275,11 @@ def _v2_config(parts: Mapping[str, _Weights]) -> ViTokConfig:
         stacks.setdefault(part, "w64_d0_h1")
     name = f"{stacks['encoder']}-{stacks['decoder']}/1x{patch}x{channels}"
     return ViTokConfig.from_name(name, preset="v2", **hidden)
+
+
+def v2_shapes(config: ViTokConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Names and shapes of the weights in the two files of a model."""
+    return {"encoder": _v2_encoder_shapes(config), "decoder": _v2_decoder_shapes(config)}
 
 
 def _v2_block_shapes(prefix: str, stack: StackConfig) -> dict[str, tuple[int, ...]]:
