@@ -15,9 +15,11 @@ from torch import Tensor, nn
 import vitok
 from vitok import InputError
 from vitok.bottlenecks import PointPosterior
+from vitok.integrations import backbone
 from vitok.integrations.cosmos import CosmosTokenizer
 from vitok.integrations.lightningdit import LightningDiTTokenizer
 from vitok.integrations.llamagen import LlamaGenTokenizer
+from vitok.integrations.published import Missing
 from vitok.integrations.titok import TiTokTokenizer
 
 
@@ -136,6 +138,20 @@ def test_cosmos(discrete, tiny, name, shape, grid):
     indices, codes = encoder.encode(x)
     assert indices.shape == (len(x), *grid) and codes.shape == (len(x), 4, *grid) and not indices.is_floating_point()
     assert torch.equal(decoder.decode(indices), encoder.model.decode(codes)) and decoder.decode(indices).shape == shape
+
+
+def test_one_half_is_enough(tiny, one_sentence):
+    """Cosmos has encoder and decoder files of their own, as ViTok-v2 has."""
+    whole, encoder, decoder = (tiny(preset="v2") for _ in range(3))
+    encoder.decoder, decoder.encoder = Missing("decoder"), Missing("encoder")
+    x = pictures(1, 3, 16, 24)
+    (latent,) = CosmosTokenizer(encoder).encode(x)
+    assert torch.equal(CosmosTokenizer(decoder).decode(latent), CosmosTokenizer(whole).autoencode(x))
+    assert torch.equal(backbone(encoder)(x), backbone(whole)(x))
+    for call in (lambda: backbone(decoder), lambda: CosmosTokenizer(decoder).encode(x)):
+        with pytest.raises(InputError) as error:
+            call()
+        one_sentence(error.value, "loaded without its encoder")
 
 
 def test_lightningdit(tiny):

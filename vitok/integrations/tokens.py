@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitok.checkpoint import load
 from vitok.errors import InputError
+from vitok.integrations.published import Missing
 from vitok.model import ViTok
 
 
@@ -44,7 +45,7 @@ class DiscreteAdapter(Adapter):
 
 
 def is_discrete(model: ViTok) -> bool:
-    return hasattr(model.encoder.bottleneck, "lookup")
+    return not isinstance(model.encoder, Missing) and hasattr(model.encoder.bottleneck, "lookup")
 
 
 def lookup(model: ViTok, ids: Tensor) -> Tensor:
