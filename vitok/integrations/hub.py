@@ -106,7 +106,7 @@ def download(repository: str, file: str, instead: str, **options: Any) -> Path:
         return Path(hf_hub_download(repository, file, **options))
     except Exception as error:  # whatever the network, the hub or its absence may raise
         absent = isinstance(error, ModuleNotFoundError)
-        why = 'pip install "vitok[hub]"' if absent else " ".join(str(error).split())[:120]
+        why = 'pip install "vitok[hub]"' if absent else " ".join(str(error).split())[:120].rstrip(" .")
         raise InputError(f"cannot fetch {file} of {repository} ({why}); or {instead}") from error
 
 
