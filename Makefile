@@ -72,9 +72,10 @@ bench-train: setup
 	$(BIN)/vitok bench model --batch 8 --what train --providers "reference,vitok,compile,linear layers alone" --seconds 3 $(RESULTS)/train
 	$(BIN)/python docs/generate.py
 
-# ViTok-v2 at 350M beside its plain definition, and loading it.
+# ViTok-v2 at 350M beside its plain definition in both dtypes, and loading it.
 bench-published: setup
-	$(BIN)/vitok bench published $(RESULTS)
+	$(BIN)/vitok bench published --dtype bfloat16 $(RESULTS)
+	$(BIN)/vitok bench published --dtype float32 --what both $(RESULTS) --resume
 	$(BIN)/python docs/generate.py
 
 # Every op beside its peers; then what follows from the rows: the order of `auto`, the plots and the tables.

@@ -30,7 +30,7 @@ from vitok.integrations.published import PUBLISHED, load_vitok_v2, v2_shapes
 from vitok.model import ViTok
 
 PLAIN = "plain"
-SPEEDS = (PLAIN, "vitok", "vitok fast bf16")
+SPEEDS = (PLAIN, "vitok", "vitok fast bf16", "vitok fast fp32")
 READ = "read"
 LOADS = (READ, "load_vitok_v2", "vitok.load")
 COLUMNS = tuple(
