@@ -128,7 +128,7 @@ class Backbone(nn.Module):
     def _run(self, x: Tensor, taken: set[int], end: int, norm: bool) -> tuple[Tensor, list[Tensor]]:
         clip, _ = as_clip(x, "channels_first")
         check_range(clip)
-        tokens = self.embed(clip.to(self.embed.weight.device))
+        tokens = self.embed(clip)
         tokens, places = self.stack.placed(tokens, self.config.grid(*clip.shape[1:4]))
         last, branch, found = self.stack.norm, None, []
         for i, block in enumerate(self.stack.blocks[:end]):
