@@ -9,7 +9,7 @@ RESULTS := --out benchmarks/results
 KERNELS := benchmarks/results/kernel-resources.json
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-long kernels-check kernels-table sanitize lint bench bench-large bench-train bench-ops docs clean
+.PHONY: setup demo test test-long kernels-check kernels-table sanitize lint bench bench-large bench-train bench-published bench-ops docs clean
 
 setup: $(STAMP)
 
@@ -70,6 +70,12 @@ bench-large: setup
 # A training step, ours beside its eager reference, the compiler's and the matrix products alone.
 bench-train: setup
 	$(BIN)/vitok bench model --batch 8 --what train --providers "reference,vitok,compile,linear layers alone" --seconds 3 $(RESULTS)/train
+	$(BIN)/python docs/generate.py
+
+# ViTok-v2 at 350M beside its plain definition in both dtypes, and loading it.
+bench-published: setup
+	$(BIN)/vitok bench published --dtype bfloat16 $(RESULTS)
+	$(BIN)/vitok bench published --dtype float32 --what both $(RESULTS) --resume
 	$(BIN)/python docs/generate.py
 
 # Every op beside its peers; then what follows from the rows: the order of `auto`, the plots and the tables.

@@ -5,9 +5,9 @@
 
 On four photographs and a CPU this is a laptop toy: in four minutes of one core it learns them by heart (loss 2.0 to
 0.3, with mirrored halves still mixed), which shows that cache, generator and decoder fit together and nothing else. On
-a folder with one subfolder a class, the same file trains a class-conditional model on GPUs: `torchrun --nproc-per-node 8
-examples/train_dit.py cache --out dit --width 1152 --depth 28 --heads 16 --batch 32 --lr 1e-4 --steps 400000`, or
-`accelerate launch` in place of torchrun.
+a folder with one subfolder a class, the same file trains a class-conditional model on GPUs: `torchrun
+--nproc-per-node 8 examples/train_dit.py cache --out dit --width 1152 --depth 28 --heads 16 --batch 32 --lr 1e-4
+--steps 400000`, or `accelerate launch` in place of torchrun.
 
 The transformer is diffusers' DiT (Peebles and Xie, arXiv:2212.09748), trained by flow matching (Lipman et al.,
 arXiv:2210.02747): between latents x, normalised by the cache's statistics, and noise e lie x_t = (1 - t) x + t e; the

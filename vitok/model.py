@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -265,6 +265,27 @@ class ViTok(nn.Module):
         from vitok.checkpoint import save
 
         save(self, directory)
+
+    @staticmethod
+    def from_pretrained(name: str | Path, **options: Any) -> ViTok:
+        """The model of "owner/name" on the Hugging Face hub or of a directory; options are those of
+        `vitok.integrations.hub.from_pretrained`: revision, map_location, dtype, token, cache_dir, local_files_only."""
+        from vitok.integrations.hub import from_pretrained
+
+        return from_pretrained(name, **options)
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> str | None:
+        """`save` with a model card; options are those of huggingface_hub's PyTorchModelHubMixin."""
+        from vitok.integrations.hub import save_pretrained
+
+        return save_pretrained(self, directory, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Put the model into the repository "owner/name"; options are those of PyTorchModelHubMixin. Returns the
+        address of the commit."""
+        from vitok.integrations.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
 
 def _several(name: str, items: Sequence[Tensor]) -> Sequence[Tensor]:
