@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,6 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from vitok.errors import InputError
 
 T = TypeVar("T")
+
+
+class FailedElsewhere(InputError):
+    """What the other ranks raise when the first has failed, which says so itself."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,18 @@ class Ranks:
         numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
         dist.all_reduce(numbers)
         return dict(zip(values, (numbers / self.count).tolist(), strict=True))
+
+    def first(self, work: Callable[[], T]) -> T | None:
+        """What the first rank makes of `work`, None on the others, which wait; an InputError there ends all of them."""
+        result, problem = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except InputError as error:
+                problem = error
+        for told in self.gathered([str(problem)] if problem else []):
+            raise problem or FailedElsewhere(told)
+        return result
 
     def gathered(self, things: Iterable[T]) -> list[T]:
         """Those of all ranks, in the order of ranks."""

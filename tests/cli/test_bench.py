@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from vitok.bench import caching, peers, published, series
 from vitok.bench import models as suites
-from vitok.bench import peers, published, series
 from vitok.bench.machine import FACTS
 from vitok.cli import Stopped
 from vitok.errors import InputError
@@ -262,6 +262,21 @@ def test_packed(vitok, tmp_path, monkeypatch):
     assert all(row["percent_of_uniform"] == "100" for row in found if row["provider"] == "uniform batch")
 
 
+def test_cache(vitok, tmp_path, monkeypatch):
+    monkeypatch.setattr(ViTok, "for_inference", FAST)
+    command = ("bench", "cache", PICTURES, "--size", "32", "--batch", "2,3", "--pictures", "5", "--workers", "0")
+    result = vitok(*command, *QUICK, "--out", tmp_path)
+    assert result.code == 0, result.err
+    found = rows(tmp_path, "cache")
+    assert list(found[0]) == list(caching.COLUMNS)
+    assert [(row["batch"], row["provider"]) for row in found] == list(
+        itertools.product("23", (caching.ENCODE, caching.CACHE))
+    )
+    for row in found:
+        assert float(row["images_per_s"]) == pytest.approx(1e3 / float(row["ms_p50"]), rel=1e-2)
+        assert (row["percent_of_encode"] == "100") == (row["provider"] == caching.ENCODE)
+
+
 def test_ops(vitok, tmp_path):
     result = vitok("bench", "ops", "--case", "noise", *QUICK, "--out", tmp_path)
     assert result.code == 0, result.err
@@ -291,6 +306,6 @@ def test_bad_input(vitok, tmp_path, command, said):
 
 
 def test_help_names_every_option(vitok):
-    for name in ("model", "ops", "peers", "scale", "packed"):
+    for name in ("model", "ops", "peers", "scale", "packed", "cache"):
         result = vitok("bench", name, "--help")
         assert result.code == 0 and "--out" in result.out and "--resume" in result.out

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from vitok.errors import InputError
-from vitok.io import ContactSheet, side_by_side
+from vitok.io import ContactSheet, grid, side_by_side
+from vitok.io.sheet import GAP
 
 
 def picture(height, width, value=0):
@@ -71,3 +72,16 @@ def test_many_pairs_are_counted_not_shown():
 def test_empty_sheet():
     with pytest.raises(InputError, match="at least one"):
         ContactSheet().render()
+
+
+def test_grid():
+    pictures = torch.stack([picture(4, 6, value) for value in (10, 20, 30, 40, 50)])
+    sheet = grid(pictures)
+    assert sheet.shape == (2 * 4 + GAP, 3 * 6 + 2 * GAP, 3)
+    assert sheet[:4, :6].equal(pictures[0]) and sheet[:4, 6 + GAP : 12 + GAP].equal(pictures[1])
+    assert sheet[4 + GAP :, :6].equal(pictures[3])
+    assert (sheet[4 : 4 + GAP] == 255).all() and (sheet[4 + GAP :, 12 + 2 * GAP :] == 255).all()
+    assert grid(pictures[:1]).equal(pictures[0])
+    for wrong in (pictures.float(), pictures[0], pictures[:0]):
+        with pytest.raises(InputError, match="grid wants"):
+            grid(wrong)

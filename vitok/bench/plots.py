@@ -2,7 +2,7 @@
 
 ops: times faster than the eager composition, and a roofline. model and peers: throughput against multiply-accumulates
 with the line on which a model lies that costs as many times more time as it has more of them than ours. scale: cost a
-pixel. packed: rate a token.
+pixel. packed: rate a token. cache: rate a picture.
 """
 
 from __future__ import annotations
@@ -33,9 +33,15 @@ def plot(path: Path) -> Path | None:
         return None
     kind = path.name.split("-")[0]
     figure = plt.figure(figsize=(7, 4.5), layout="constrained")
-    {"ops": _ops, "model": _model, "peers": _peers, "scale": _scale, "packed": _packed, "published": _published}[kind](
-        figure, rows
-    )
+    {
+        "ops": _ops,
+        "model": _model,
+        "peers": _peers,
+        "scale": _scale,
+        "packed": _packed,
+        "cache": _cache,
+        "published": _published,
+    }[kind](figure, rows)
     figure.suptitle(f"{rows[0]['device']}, {rows[0]['threads']} threads", fontsize=8)
     target = path.with_suffix(".png")
     with atomic_path(target) as temporary:
@@ -146,6 +152,14 @@ def _packed(figure: plt.Figure, rows: list[Row]) -> None:
     axes.axvline(100, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set_xlabel("% of the uniform batch's rate a token")
+
+
+def _cache(figure: plt.Figure, rows: list[Row]) -> None:
+    axes = figure.subplots()
+    names = [f"{row['case']}, batch {row['batch']}: {row['provider']}" for row in rows]
+    axes.barh(names, [float(row["images_per_s"]) for row in rows], color="#30638e")
+    axes.invert_yaxis()
+    axes.set_xlabel("pictures a second")
 
 
 def _published(figure: plt.Figure, rows: list[Row]) -> None:

@@ -10,6 +10,7 @@ import click
 
 import vitok
 from vitok.cli.bench import bench
+from vitok.cli.cache import cache
 from vitok.cli.codec import decode, encode
 from vitok.cli.common import TRACEBACK, describe
 from vitok.cli.convert import convert
@@ -28,7 +29,7 @@ def command() -> None:
     """A fast visual tokenizer: pictures and clips to a few latent vectors and back."""
 
 
-for subcommand in (info, models, reconstruct, encode, decode, convert, export, train, evaluate, bench):
+for subcommand in (info, models, reconstruct, encode, decode, cache, convert, export, train, evaluate, bench):
     command.add_command(subcommand)
 
 

@@ -26,6 +26,7 @@ SHOWN = {  # columns of the table on the terminal, of those that the rows have
     "path": "path", "what": "what", "provider": "provider", "layout": "layout", "ms_p50": "ms p50", "ms_p95": "p95",
     "images_per_s": "images/s", "mpixel_per_s": "Mpixel/s", "tokens_per_s": "tokens/s", "ns_per_pixel": "ns/pixel",
     "gmac": "GMAC", "percent_of_matmul": "% matmul", "percent_of_copy": "% copy", "linear_share": "linear share",
+    "percent_of_encode": "% of encode alone",
     "ratio_to_eager": "x eager", "ratio_to_reference": "x reference", "ratio_to_plain": "x plain",
     "ratio_to_read": "x read", "percent_of_uniform": "% of uniform",
     "macs_ratio": "x MACs", "time_ratio": "x time", "peak_mb": "peak MB", "psnr_change_db": "PSNR dB", "refused": "",
@@ -296,6 +297,27 @@ def ops(part: str, **options: Any) -> None:
         if dtype in case.dtypes and (direction == "forward" or case.backward)
     ]
     _run("ops", measure.COLUMNS, KEY, jobs, device, options)
+
+
+@bench.command()
+@click.argument("name", default="S-B/16")
+@click.option("--size", type=click.IntRange(1), default=256, show_default=True, help="Side of the pictures, pixels.")
+@listed("--batch", "8", "Pictures encoded at once.", tuple, _positive)
+@click.option("--pictures", type=click.IntRange(1), default=256, show_default=True, help="In a run.")
+@click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that decode.")
+@run_options(20.0)
+def cache(name: str, size: int, batch: tuple[int, ...], pictures: int, workers: int, **options: Any) -> None:
+    """A latent cache filled from JPEG files beside encoding the same pictures from memory."""
+    from vitok.bench import caching, models
+
+    device, dtype = open_device(options["device"]), options["dtype"]
+    dtype = DTYPES[dtype] if dtype else models.default_dtype(device)
+    suites = [
+        caching.Caching(name, size, each, pictures, workers, device, dtype, options["seconds"], _photos())
+        for each in batch
+    ]
+    jobs = [Job(suite.key, (caching.ENCODE, caching.CACHE), suite.measure) for suite in suites]
+    _run("cache", caching.COLUMNS, caching.KEY, jobs, device, options)
 
 
 def _op(case: Any, dtype: torch.dtype, direction: str, device: Any, rates: Any, rows: Rows, seconds: float) -> bool:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
 from vitok.checkpoint import weights_hash
+from vitok.cli.cache import cache_options, fill
 from vitok.cli.chunks import decode_frames, encode_frames, frames_at_once, latent_chunks
 from vitok.cli.common import finish, for_each, inputs_argument, model_options, open_folder, open_model, size_option
 from vitok.cli.media import open_source, open_target, target_path
 from vitok.cli.progress import Display
+from vitok.errors import InputError
 from vitok.io import LatentsReader, LatentsWriter, find_inputs
 from vitok.io.files import Entry
 from vitok.io.video import DEFAULT_FPS
@@ -23,10 +26,28 @@ from vitok.model import ViTok
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the latents files.")
 @size_option
 @model_options
+@cache_options
 def encode(
-    inputs: tuple[Path, ...], out: Path, size: int | None, model_name: str, device: str | None, dtype: str
+    inputs: tuple[Path, ...],
+    out: Path,
+    size: int | None,
+    model_name: str,
+    device: str | None,
+    dtype: str,
+    **of_caches: Any,
 ) -> None:
-    """Write the latents (posterior mean) of pictures, clips, or folders of them as .safetensors files."""
+    """Write the latents (posterior mean) of pictures, clips, or folders of them as .safetensors files.
+
+    With --format INPUTS is one data set, a folder of pictures, tar shards or videos or a Hugging Face data set
+    (hf:NAME, or a folder it saved), and --out becomes a latent cache of it, of 256 pixels a side by default.
+    The same command goes on with a cache that is not finished. Under torchrun all processes work on it.
+    """
+    given = {name: value for name, value in of_caches.items() if value is not None}
+    if "format" in given:
+        fill(inputs, out, size, model_name, device, dtype, given)
+        return
+    if given:
+        raise InputError(f"--{next(iter(given)).replace('_', '-')} is of latent caches: give a --format as well")
     open_folder(out)
     model = open_model(model_name, device, dtype)
     entries = find_inputs(inputs)

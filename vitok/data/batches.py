@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import atexit
 import math
 import re
-import signal
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from vitok.data.sources import open_source
+from vitok.data.workers import stream
 from vitok.errors import InputError
 
 CACHE_BYTES = 2 << 30
@@ -234,22 +233,7 @@ class Batches(Dataset[Batch]):
 
     def stream(self, steps: range, workers: int) -> Iterator[Batch]:
         """The batches of `steps` in their order, prepared by that many processes, or by this one for 0."""
-        loader = DataLoader(
-            _Answers(self), batch_size=None, sampler=steps, num_workers=workers, collate_fn=_as_it_is,
-            worker_init_fn=_leave_stopping,
-        )  # fmt: skip
-        answers = iter(loader)
-        # Workers ignore being asked to end, so they are told to, before the interpreter waits for them at its exit.
-        end = getattr(answers, "_shutdown_workers", lambda: None)
-        atexit.register(end)
-        try:
-            for answer in answers:
-                if isinstance(answer, InputError):
-                    raise answer
-                yield answer
-        finally:
-            end()
-            atexit.unregister(end)
+        return stream(self, steps, workers)
 
     def _draw(self, rng: np.random.Generator, numbers: list[int]) -> Draw:
         source = numbers[_choose(rng, [self._weights[i] for i in numbers])]
@@ -316,23 +300,6 @@ class Batches(Dataset[Batch]):
             self._cached_bytes -= _bytes(self._cache.popitem(last=False)[1])
 
 
-class _Answers(Dataset[Batch | InputError]):
-    """Hands errors on as values: raised in a worker they would arrive wrapped into a traceback."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-
-    def __getitem__(self, step: int) -> Batch | InputError:
-        try:
-            return self.batches[step]
-        except InputError as error:
-            return error
-
-
-def _as_it_is(answer: Any) -> Any:
-    return answer
-
-
 def _bytes(picture: Image.Image) -> int:
     return 3 * picture.width * picture.height
 
@@ -352,9 +319,3 @@ def _grouped(names: Sequence[str], groups: str) -> list[list[int]]:
         match = re.search(groups, PurePosixPath(name).name)
         by_group.setdefault(match[0] if match else "", []).append(index)
     return [by_group[key] for key in sorted(by_group)]
-
-
-def _leave_stopping(worker: int) -> None:
-    """Workers live until the trainer ends them: a stop request to the whole process group is the trainer's affair."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

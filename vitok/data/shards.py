@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from vitok.errors import InputError
 from vitok.io.images import decode_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+LABELS = (".cls", ".json")
+"""Of the members beside a picture that say its class: a text, or `label` or `cls` of an object."""
+LONGEST_LABEL = 1 << 20  # bytes of such a member
 
 
 class Member(NamedTuple):
@@ -38,6 +42,8 @@ class ShardPictures:
         self.names: list[str] = []
         self.skipped: list[str] = []
         self._members: list[Member] = []
+        self._keys: list[str] = []
+        self._beside: dict[tuple[int, str, str], Member] = {}
         for number, path in enumerate(paths):
             self._index(number, path, path.relative_to(root).as_posix())
         if not self._members:
@@ -56,7 +62,11 @@ class ShardPictures:
                     if end > length:
                         raise tarfile.ReadError("it is cut short")
                     plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+                    key, suffix = _key_and_suffix(member.name)
+                    if plain and suffix in LABELS:
+                        self._beside[number, key, suffix] = Member(number, start, member.size)
                     if plain and member.name.lower().endswith(SUFFIXES):
+                        self._keys.append(key)
                         name = "".join(c if c.isprintable() else "?" for c in member.name)
                         self.names.append(f"{shown}/{name}")
                         self._members.append(Member(number, start, member.size))
@@ -72,14 +82,58 @@ class ShardPictures:
         return range(1)
 
     def read(self, index: int, frames: range) -> Iterator[Tensor]:
-        member, name = self._members[index], self.names[index]
+        name = self.names[index]
+        data = self._bytes(self._members[index])
+        if not data:
+            raise InputError(f"{name} is empty (0 bytes)")
+        yield decode_image(data, name).pixels
+
+    def label(self, index: int) -> str | int | None:
+        """The class of a picture, by the member .cls or .json beside it; None where there is none.
+
+        InputError where it is not a number or a line of text.
+        """
+        for suffix in LABELS:
+            member = self._beside.get((self._members[index].shard, self._keys[index], suffix))
+            if member is None:
+                continue
+            data = self._bytes(member) if member.size <= LONGEST_LABEL else b""
+            try:
+                found = _said(data, suffix)
+            except (ValueError, RecursionError):
+                raise InputError(f"the {suffix} member beside {self.names[index]} names no class") from None
+            if found is not None:
+                return found
+        return None
+
+    def _bytes(self, member: Member) -> bytes:
         path = self.paths[member.shard]
         try:
             with open(path, "rb") as shard:
                 shard.seek(member.offset)
-                data = shard.read(member.size)
+                return shard.read(member.size)
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-        if not data:
-            raise InputError(f"{name} is empty (0 bytes)")
-        yield decode_image(data, name).pixels
+
+
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    """What the members of a sample share, the path up to the first dot of the file name, and the rest."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, suffix = file.partition(".")
+    return folder + slash + stem, (dot + suffix).lower()
+
+
+def _said(data: bytes, suffix: str) -> str | int | None:
+    """The class in a member; ValueError where it cannot be one."""
+    if suffix == ".json":
+        about = json.loads(data)
+        found = about.get("label", about.get("cls")) if isinstance(about, dict) else None
+    else:
+        found = data.decode().strip()
+    if isinstance(found, str):
+        if not found or len(found) > 200 or not found.isprintable():
+            raise ValueError(found)
+        return int(found) if found.isascii() and found.isdecimal() else found
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int)):
+        raise ValueError(found)
+    return found

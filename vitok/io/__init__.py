@@ -8,7 +8,7 @@ imported on first use.
 from vitok.io.files import MAX_PIXELS, Entry, atomic_path, find_inputs, output_stems
 from vitok.io.images import ReadImage, read_image, resize_and_crop, write_image
 from vitok.io.latents import Latents, LatentsReader, LatentsWriter, read_latents, write_latents
-from vitok.io.sheet import ContactSheet, side_by_side
+from vitok.io.sheet import ContactSheet, grid, side_by_side
 from vitok.io.video import ClipReader, ClipWriter
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "ReadImage",
     "atomic_path",
     "find_inputs",
+    "grid",
     "output_stems",
     "read_image",
     "read_latents",

@@ -1,5 +1,6 @@
-"""Originals beside their reconstructions: one pair, or many small pairs with captions on one sheet."""
+"""Pictures on one sheet: originals beside their reconstructions, with captions, or a plain grid of samples."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,19 @@ def side_by_side(original: torch.Tensor, reconstruction: torch.Tensor) -> torch.
         raise InputError(f"side_by_side wants two uint8 [H, W, 3] or [T, H, W, 3] of one shape, not {came}")
     gap = original.new_full((*original.shape[:-2], GAP, 3), 255)
     return torch.cat((original, gap, reconstruction), dim=-2)
+
+
+def grid(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, H, W, 3] as one uint8 picture [H', W', 3], row by row in about a square, between white gaps."""
+    if pictures.ndim != 4 or pictures.dtype != torch.uint8 or pictures.shape[-1] != 3 or not len(pictures):
+        raise InputError(f"grid wants uint8 [N, H, W, 3], N >= 1, not {pictures.dtype} {list(pictures.shape)}")
+    count, height, width, _ = pictures.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = pictures.new_full((rows, height + GAP, columns, width + GAP, 3), 255)
+    for number, picture in enumerate(pictures):
+        sheet[number // columns, :height, number % columns, :width] = picture
+    return sheet.view(rows * (height + GAP), columns * (width + GAP), 3)[:-GAP, :-GAP].contiguous()
 
 
 @dataclass
