@@ -5,12 +5,11 @@ BIN := .venv/bin
 STAMP := .venv/installed
 # One process a core, whole files to each, so that what a file sets up once is set up once.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
-PEERS := .venv/peers
 RESULTS := --out benchmarks/results
 KERNELS := benchmarks/results/kernel-resources.json
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-long kernels-check kernels-table sanitize lint bench bench-large bench-train bench-ops docs clean
+.PHONY: setup demo test test-long kernels-check kernels-table sanitize lint bench bench-large bench-train bench-published bench-ops docs clean
 
 setup: $(STAMP)
 
@@ -54,7 +53,7 @@ lint: setup
 # Whole models, ours and other people's; then the tables that follow from the rows. What cannot be measured here says so.
 # Of large batches only what the tables need: nine minutes on two shared cores.
 BATCHES := reference,vitok fast bf16,vitok fast int8,compile freezing,linear layers alone
-bench: setup $(PEERS)
+bench: setup
 	failed=0; \
 	$(BIN)/vitok bench model --batch 8 --what both --providers "$(BATCHES)" --seconds 0.5 $(RESULTS) || failed=1; \
 	$(BIN)/vitok bench model --batch 1 --what both --seconds 0.5 $(RESULTS) --resume || failed=1; \
@@ -64,7 +63,7 @@ bench: setup $(PEERS)
 	$(BIN)/python docs/generate.py && exit $$failed
 
 # Peers on 512 pixels and on clips, where a call takes up to twenty seconds.
-bench-large: setup $(PEERS)
+bench-large: setup
 	$(BIN)/vitok bench peers --cases 512,16x128 --peers "SD-VAE f8,Wan 2.1" --seconds 0 $(RESULTS)/large
 	$(BIN)/python docs/generate.py
 
@@ -73,11 +72,11 @@ bench-train: setup
 	$(BIN)/vitok bench model --batch 8 --what train --providers "reference,vitok,compile,linear layers alone" --seconds 3 $(RESULTS)/train
 	$(BIN)/python docs/generate.py
 
-# What peers are compared with; none of it is needed for anything else. Not `.[peers]`, which would build everything again.
-$(PEERS): $(STAMP)
-	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c "from importlib.metadata import requires; \
-	print(*(r.split(';')[0].replace(' ', '') for r in requires('vitok') if r.endswith('extra == \"peers\"')))")
-	touch $(PEERS)
+# ViTok-v2 at 350M beside its plain definition in both dtypes, and loading it.
+bench-published: setup
+	$(BIN)/vitok bench published --dtype bfloat16 $(RESULTS)
+	$(BIN)/vitok bench published --dtype float32 --what both $(RESULTS) --resume
+	$(BIN)/python docs/generate.py
 
 # Every op beside its peers; then what follows from the rows: the order of `auto`, the plots and the tables.
 bench-ops: setup

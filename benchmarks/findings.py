@@ -273,24 +273,22 @@ def _sizes(axes: Any, rows: Sequence[Row]) -> None:
 def _losses(axes: Any, rows: Sequence[Row]) -> None:
     for row in rows:
         name = row["pixel_loss"].upper() + (f" + {float(row['eta']):g} VGG-HED" if float(row["eta"]) else "")
-        _labelled(axes, float(row["vgg_hed"]), float(row["psnr"]), name if int(row["steps"]) else "PCA, the start")
+        label = name if int(row["steps"]) else "PCA, the start"
+        axes.plot(float(row["vgg_hed"]), float(row["psnr"]), "o", markersize=4, label=label)
     axes.set_title("losses, p = 8, c = 4", fontsize=9)
     axes.set_xlabel("VGG-HED distance", fontsize=7)
-    axes.margins(0.2)
+    if rows:
+        axes.legend(fontsize=6)
 
 
 def _divergence(axes: Any, rows: Sequence[Row]) -> None:
     for row in rows:
-        _labelled(axes, float(row["kl"]), float(row["psnr"]), f"beta {float(row['beta']):g}")
+        axes.plot(float(row["kl"]), float(row["psnr"]), "o", markersize=4, label=f"beta {float(row['beta']):g}")
     axes.set_title("weight of the KL divergence, p = 8, c = 4", fontsize=9)
     axes.set_xlabel("KL divergence, nats a float", fontsize=7)
     axes.set_xscale("log", base=2)
-    axes.margins(0.2)
-
-
-def _labelled(axes: Any, x: float, y: float, label: str) -> None:
-    axes.scatter(x, y, s=18, color="#d1495b")
-    axes.annotate(label, (x, y), fontsize=6, xytext=(4, 3), textcoords="offset points")
+    if rows:
+        axes.legend(fontsize=6)
 
 
 @click.command()

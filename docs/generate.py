@@ -124,6 +124,18 @@ def whole_models() -> str:
     )  # fmt: skip
 
 
+def published() -> str:
+    return table(
+        "published",
+        {
+            "case": "model", "what": "what", "batch": "batch", "dtype": "dtype", "provider": "provider",
+            "ms_p50": "ms p50", "ms_p95": "p95", "percent_of_matmul": "% of matmul rate",
+            "ratio_to_plain": "times plain definition", "file_mb": "file, MB", "ratio_to_read": "times reading",
+            "peak_mb": "peak MB",
+        },
+    )  # fmt: skip
+
+
 def training() -> str:
     return table(
         "train/model",
@@ -393,6 +405,7 @@ TABLES = {
     "examples": examples,
     "whole_models": whole_models,
     "training": training,
+    "published": published,
     "peers": peers,
     "scale": scale,
     "packed": packed,

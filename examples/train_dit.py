@@ -3,10 +3,11 @@
     vitok encode examples/photos --out cache --format safetensors --size 128 --flip
     python examples/train_dit.py cache --out dit
 
-On four photographs and a CPU this is a laptop toy: in a few minutes it learns them by heart, which shows that cache,
-generator and decoder fit together and nothing else. On a folder with one subfolder a class, the same file trains a real
-class-conditional model on GPUs: `torchrun --nproc-per-node 8 examples/train_dit.py cache --out dit --width 1152
---depth 28 --heads 16 --batch 32 --steps 400000`, or `accelerate launch` in place of torchrun.
+On four photographs and a CPU this is a laptop toy: in four minutes of one core it learns them by heart (loss 2.0 to
+0.3, with mirrored halves still mixed), which shows that cache, generator and decoder fit together and nothing else. On
+a folder with one subfolder a class, the same file trains a class-conditional model on GPUs: `torchrun
+--nproc-per-node 8 examples/train_dit.py cache --out dit --width 1152 --depth 28 --heads 16 --batch 32 --lr 1e-4
+--steps 400000`, or `accelerate launch` in place of torchrun.
 
 The transformer is diffusers' DiT (Peebles and Xie, arXiv:2212.09748), trained by flow matching (Lipman et al.,
 arXiv:2210.02747): between latents x, normalised by the cache's statistics, and noise e lie x_t = (1 - t) x + t e; the
@@ -45,7 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder for dit.safetensors, dit.json and samples.png")
     add("--checkpoint", type=Path, help="dit.safetensors of an earlier run with the same sizes to start from")
     add("--model", help="tokenizer that decodes, a name or folder; by default the one named in the cache")
-    for name, default in {"steps": 600, "batch": 16, "width": 256, "depth": 4, "heads": 4, "patch": 1}.items():
+    for name, default in {"steps": 1000, "batch": 8, "width": 256, "depth": 4, "heads": 4, "patch": 1}.items():
         add(f"--{name}", type=int, default=default, help=f"{default} by default; the batch is that of one process")
     add("--lr", type=float, default=1e-3, help="peak learning rate, 1e-3 by default; large models want 1e-4")
     add("--samples", type=int, default=8, help="pictures on the sheet, 8 by default")
@@ -65,8 +66,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def open_tokenizer(data: LatentDataset, options: argparse.Namespace, device: torch.device) -> vitok.ViTok:
     """The model that made the cache."""
-    model = vitok.load(options.model or data.manifest["model"], device=device)
-    made_by = data.manifest["config_hash"], data.manifest["weights_hash"]
+    model = vitok.load(options.model or data.manifest.model, device=device)
+    made_by = data.manifest.config_hash, data.manifest.weights_hash
     if made_by != (model.config.hash(), weights_hash(model)):
         raise vitok.InputError(f"{data.root} was made by another model; name the one that made it by --model")
     return model

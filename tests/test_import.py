@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import vitok
 
-OPTIONAL = "av triton yaml diffusers timm scipy torchvision matplotlib rich click torch._dynamo"
+OPTIONAL = "av triton yaml diffusers huggingface_hub timm scipy torchvision matplotlib rich click torch._dynamo"
 
 
 def test_import_brings_nothing_optional(python):

@@ -18,6 +18,8 @@ from vitok.io.files import atomic_path
 from vitok.model import ViTok
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HUB = "hf:"
+"""How the name of a model on the Hugging Face hub begins: hf:owner/name, hf:owner/name@revision."""
 
 
 def create_model(
@@ -46,7 +48,11 @@ def create_model(
 
 
 def load(model: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ViTok:
-    """A model with its weights, in evaluation mode: a bundled name ("demo") or a directory written by `ViTok.save`.
+    """A model with its weights, in evaluation mode.
+
+    Args:
+        model: a bundled name ("demo"), a directory written by `ViTok.save`, or "hf:owner/name[@revision]" on the
+            Hugging Face hub, which needs the package huggingface_hub.
 
     Raises InputError when there is no such model, or its files are damaged or do not fit each other.
     """
@@ -97,15 +103,19 @@ def weights_hash(model: ViTok) -> str:
 
 
 def model_directory(model: str | Path) -> Path:
-    """Where the files of a bundled model or a model directory are; InputError when there are none."""
+    """Where the files of a model that `load` takes are, fetched if need be; InputError when there are none."""
+    if str(model).startswith(HUB):
+        from vitok.integrations.hub import model_folder
+
+        return model_folder(str(model))
     if str(model) in bundled():
         return Path(str(resources.files("vitok") / "weights" / str(model)))
     directory = Path(model)
     if not directory.exists():
         names = ", ".join(bundled()) or "none"
         raise InputError(
-            f"there are no weights {str(model)!r}: neither bundled (there are: {names}) nor a directory"
-            f"{suggest(str(model), bundled())}"
+            f"there are no weights {str(model)!r}: neither bundled (there are: {names}), nor a directory, nor a name "
+            f"such as {HUB}owner/name{suggest(str(model), bundled())}"
         )
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():

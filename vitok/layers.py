@@ -219,8 +219,12 @@ class Stack(nn.Module):
         self.norm = Norm(stack.width, config.norm, config.norm_eps) if config.final_norm else None
 
     def forward(self, x: Tensor, grid: Grid, chunk: int | None = None) -> Tensor:
+        return self._run(*self.placed(x, grid), chunk)
+
+    def placed(self, x: Tensor, grid: Grid) -> tuple[Tensor, Places]:
+        """Tokens as the first block takes them, with their positions added if the config says so, and their places."""
         rope, absolute = self._tables(grid, x.device)
-        return self._run(x, absolute, Places(rope, window=self.config.window), chunk)
+        return _added(x, absolute), Places(rope, window=self.config.window)
 
     def packed(self, tokens: Sequence[Tensor], grids: Sequence[Grid], chunk: int | None = None) -> list[Tensor]:
         """What `forward` makes of each [B, L, width] with its grid: all sequences one behind the other, none padded."""
@@ -231,9 +235,9 @@ class Stack(nn.Module):
         rope = None if ropes[0] is None else torch.cat(ropes, 1)
         absolute = None if absolutes[0] is None else torch.cat(absolutes)
         ends = torch.tensor([0, *accumulate(map(prod, every))], dtype=torch.int32, device=device)
-        joined = torch.cat([x.flatten(0, 1) for x in tokens])[None]
+        together = _added(torch.cat([x.flatten(0, 1) for x in tokens])[None], absolute)
         places = Places(rope, ends, self.config.window)
-        out = self._run(joined, absolute, places, chunk)[0].split([x.shape[0] * x.shape[1] for x in tokens])
+        out = self._run(together, places, chunk)[0].split([x.shape[0] * x.shape[1] for x in tokens])
         return [y.unflatten(0, x.shape[:2]) for x, y in zip(tokens, out, strict=True)]
 
     def _tables(self, grid: Grid, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -242,9 +246,7 @@ class Stack(nn.Module):
         rope = rope_table(coords, grid, self.stack.head_dim, self.config.rope, self.config.rope_theta)
         return rope, sincos_table(coords, self.stack.width) if self.config.absolute == "sincos" else None
 
-    def _run(self, x: Tensor, absolute: Tensor | None, places: Places, chunk: int | None) -> Tensor:
-        if absolute is not None:
-            x = x + absolute.to(x.dtype)
+    def _run(self, x: Tensor, places: Places, chunk: int | None) -> Tensor:
         if chunk is not None:
             return self._run_chunks(x, places, chunk)
         branch = None
@@ -272,14 +274,20 @@ class Stack(nn.Module):
         return rows.view(x.shape)
 
     def _last(self, x: Tensor, branch: Branch | None) -> Tensor:
-        if self.norm is not None:
-            return self.norm(x, branch)[0]
-        return x if branch is None else x + _scaled(*branch)
+        return joined(x, branch) if self.norm is None else self.norm(x, branch)[0]
 
 
 def _layer_scale(config: ViTokConfig, stack: StackConfig) -> nn.Parameter | None:
     return None if config.layer_scale is None else nn.Parameter(torch.full((stack.width,), float(config.layer_scale)))
 
 
-def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    return x if gamma is None else x * gamma
+def _added(x: Tensor, absolute: Tensor | None) -> Tensor:
+    return x if absolute is None else x + absolute.to(x.dtype)
+
+
+def joined(x: Tensor, branch: Branch | None) -> Tensor:
+    """The residual stream with the branch that a block left to be added."""
+    if branch is None:
+        return x
+    out, gamma = branch
+    return x + (out if gamma is None else out * gamma)

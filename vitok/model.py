@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,10 @@ class ViTok(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def _moved(self, x: Tensor) -> Tensor:
+        """To the model's device; not where weights wait on "meta" for accelerate to bring them, and it brings x too."""
+        return x if self.device.type == "meta" else x.to(self.device)
+
     def reset_parameters(self) -> None:
         """Xavier-uniform matrices, zero biases; norms and LayerScale keep the values they are made with."""
         for module in self.modules():
@@ -118,7 +122,7 @@ class ViTok(nn.Module):
         clip, image = as_clip(pixels, layout)
         check_range(clip)
         chunk = self._plan_encode([clip], chunk)
-        return self.encoder(clip.to(self.device), image, chunk)
+        return self.encoder(self._moved(clip), image, chunk)
 
     def decode(self, latents: Tensor, *, size: tuple[int, ...] | None = None, chunk: int | None = None) -> Tensor:
         """Decode latents to pixels in (about) [-1, 1], not clamped: [B, 3, H, W] or [B, 3, T, H, W], the model's dtype.
@@ -157,7 +161,7 @@ class ViTok(nn.Module):
                 f"[B, {channels}, t, h, w], got {latents.dtype} {list(latents.shape)}"
             )
         image = latents.dim() == 4
-        latents = (latents.unsqueeze(2) if image else latents).to(self.device, self.dtype)
+        latents = self._moved(latents.unsqueeze(2) if image else latents).to(self.dtype)
         q, p = self.config.tubelet
         covered = tuple(n * step for n, step in zip(latents.shape[2:], (q, p, p), strict=True))
         frames = 1 if image else covered[0]
@@ -261,6 +265,27 @@ class ViTok(nn.Module):
         from vitok.checkpoint import save
 
         save(self, directory)
+
+    @staticmethod
+    def from_pretrained(name: str | Path, **options: Any) -> ViTok:
+        """The model of "owner/name" on the Hugging Face hub or of a directory; options are those of
+        `vitok.integrations.hub.from_pretrained`: revision, map_location, dtype, token, cache_dir, local_files_only."""
+        from vitok.integrations.hub import from_pretrained
+
+        return from_pretrained(name, **options)
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> str | None:
+        """`save` with a model card; options are those of huggingface_hub's PyTorchModelHubMixin."""
+        from vitok.integrations.hub import save_pretrained
+
+        return save_pretrained(self, directory, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Put the model into the repository "owner/name"; options are those of PyTorchModelHubMixin. Returns the
+        address of the commit."""
+        from vitok.integrations.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
 
 def _several(name: str, items: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 
 import pytest
 import torch
 
-import vitok
 from vitok.cache import FORMATS, Encoded
-from vitok.checkpoint import weights_hash
+from vitok.cache.build import finish, write_encoded
+from vitok.cache.manifest import Manifest, Options, Record
+from vitok.cache.store import Store
+from vitok.checkpoint import save, weights_hash
 
 
 @pytest.fixture
@@ -47,33 +49,23 @@ def encoded():
 def cache(tmp_path, encoded):
     """`cache(counts, ...)`: a finished cache with so many samples in each shard, and what was written into it."""
 
-    def make(*counts, folder="cache", format="safetensors", model=None, **fields):
-        root = tmp_path / folder
-        (root / "manifest").mkdir(parents=True)
+    def make(*counts, format="safetensors", model=None, **fields):
         parts = [encoded(count, first=sum(counts[:i]), **fields) for i, count in enumerate(counts)]
-        about = {
-            "format": "vitok-cache",
-            "version": 1,
-            "data": {"samples": sum(counts), "classes": ["class_0", "class_1", "class_2"]},
-            "options": {"format": format},
-            "shards": len(counts),
-        }
+        data = {"samples": sum(counts), "classes": ["class_0", "class_1", "class_2"]}
+        made_by = ["some model", "0" * 16, "1" * 16, {}]
         if model is not None:
-            vitok.checkpoint.save(model, tmp_path / "model")
-            about |= {"model": str(tmp_path / "model"), "config_hash": model.config.hash()}
-            about |= {"weights_hash": weights_hash(model)}
-        (root / "manifest.json").write_text(json.dumps(about))
-        for number, part in enumerate(parts):
-            files = []
-            for name, data in FORMATS[format].shard(number, part) if len(part.names) else ():
-                (root / name).write_bytes(data)
-                files.append({"path": name, "bytes": len(data)})
-            samples = [{"name": name} for name in part.names]
-            (root / "manifest" / f"{number:05d}.json").write_text(json.dumps({"files": files, "samples": samples}))
-        drawn = torch.cat([part.draw() for part in parts if len(part.names)]).float().movedim(1, 0).flatten(1)
-        mean, std = drawn.mean(1).tolist(), drawn.std(1).tolist()
-        stats = {"mean": mean, "std": std, "scaling_factor": 1 / drawn.std().item()}
-        (root / "summary.json").write_text(json.dumps({"statistics": stats}))
-        return root, parts
+            save(model, tmp_path / "model")
+            made_by = [str(tmp_path / "model"), model.config.hash(), weights_hash(model), model.config.to_dict()]
+        options = dataclasses.asdict(Options(format, flip=parts[0].flipped_mean is not None))
+        store, manifest = Store(tmp_path / "cache"), Manifest(*made_by, data, options, len(counts))
+        with store.locked():
+            store.begin(manifest)
+            for number, part in enumerate(parts):
+                if len(part.names):
+                    write_encoded(store, FORMATS[format], number, part, [])
+                else:
+                    store.write_shard(Record(number, [], [], [], 0, [], []))
+            finish(store, manifest)
+        return store.root, parts
 
     return make

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from vitok.cli import command
 from vitok.io import read_image
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_dit.py"
@@ -25,19 +27,25 @@ def train_dit():
     return module
 
 
-def test_trains_and_samples(cache, tiny, tmp_path, train_dit, capsys):
-    root, _ = cache(3, 2, shape=(4, 2, 2), model=tiny())
-    out = tmp_path / "out"
+def test_trains_and_samples(pictures, tiny, tmp_path, train_dit, capsys):
+    tiny().save(tmp_path / "model")
+    root, out = tmp_path / "cache", tmp_path / "out"
+    encode = ["encode", str(pictures), "--out", str(root), "--format", "safetensors", "--size", "16", "--flip"]
+    command.main([*encode, "--workers", "0", "--model", str(tmp_path / "model")], standalone_mode=False)
     losses = train_dit.main([str(root), "--out", str(out), "--steps", "3", *SMALL])
-    assert len(losses) == 3 and all(map(torch.isfinite, torch.tensor(losses)))
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
     assert sorted(path.name for path in out.iterdir()) == ["dit.json", "dit.safetensors", "samples.png"]
     assert read_image(out / "samples.png").pixels.shape == (16, 2 * 16 + 8, 3)
     assert "step 3/3  loss" in capsys.readouterr().out
+
+
+def test_the_checkpoint_is_a_model_of_diffusers(cache, tiny, tmp_path, train_dit):
+    root, _ = cache(3, shape=(4, 2, 2), model=tiny())
+    train_dit.main([str(root), "--out", str(tmp_path), "--steps", "1", *SMALL])
     from diffusers import DiTTransformer2DModel
 
-    config = json.loads((out / "dit.json").read_text())
-    again = DiTTransformer2DModel.from_config(config)
-    again.load_state_dict(load_file(out / "dit.safetensors"))
+    again = DiTTransformer2DModel.from_config(json.loads((tmp_path / "dit.json").read_text()))
+    again.load_state_dict(load_file(tmp_path / "dit.safetensors"))
     assert again.config.num_embeds_ada_norm == 3
 
 

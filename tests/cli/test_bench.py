@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitok.bench import caching, peers, series
+from vitok.bench import caching, peers, published, series
 from vitok.bench import models as suites
 from vitok.bench.machine import FACTS
 from vitok.cli import Stopped
@@ -22,6 +22,9 @@ from vitok.model import ViTok
 PICTURES, CLIPS = "Tiw64d1h1-Tiw64d1h1/16", "Tiw64d1h1-Tiw64d1h1/4x16"
 QUICK = ("--seconds", "0", "--dtype", "float32", "--device", "cpu")
 MODEL = ("bench", "model", PICTURES, "--size", "32", "--batch", "2", "--what", "encode", *QUICK)
+
+
+SIDES = ("encoder", "decoder")
 
 
 def rows(folder: Path, kind: str) -> list[dict[str, str]]:
@@ -123,6 +126,44 @@ def test_psnr_change_is_of_the_demo_weights_on_photographs(monkeypatch, files, t
     assert suites.psnr_change("int8", torch.device("cpu"), tmp_path) == -2.0  # each score of the second is 2 dB less
     with pytest.raises(InputError, match="--photos"):
         suites.psnr_change("int8", torch.device("cpu"), None)
+
+
+PUBLISHED = "w64_d1_h2-w64_d2_h2/1x4x6"
+
+
+def test_published_models_beside_their_plain_definition(vitok, tmp_path, monkeypatch):
+    monkeypatch.setattr(ViTok, "for_inference", FAST)
+    command = ("bench", "published", PUBLISHED, "--size", "16", "--batch", "1,2", "--device", "cpu", "--seconds", "0")
+    result = vitok(*command, "--what", "load,encode,both", "--dtype", "bfloat16", "--out", tmp_path)
+    assert result.code == 0, result.err
+    found = rows(tmp_path, "published")
+    assert list(found[0]) == list(published.COLUMNS)
+    loads = [row for row in found if row["what"] == "load"]
+    assert [row["provider"] for row in loads] == ["read", "load_vitok_v2", "vitok.load"]
+    assert all(float(row["ratio_to_read"]) > 0 and float(row["file_mb"]) == 0.6358 for row in loads)
+    speeds = [row for row in found if row["what"] != "load"]
+    assert [(row["what"], row["batch"], row["provider"]) for row in speeds] == [
+        (what, batch, provider) for batch in "12" for what in ("encode", "both") for provider in published.SPEEDS
+    ]
+    assert all(row["ms_p50"] and row["ratio_to_plain"] and row["commit"] for row in speeds)
+    assert {row["ratio_to_plain"] for row in speeds if row["provider"] == "plain"} == {"1"}
+    assert PUBLISHED in generated(tmp_path, "published")
+    result = vitok("bench", "published", "350M", "--out", tmp_path)
+    assert result.code == 2 and "unknown model '350M'" in result.err
+
+
+@torch.no_grad()
+def test_the_plain_definition_is_the_one_of_the_formulas():
+    """Written once from first principles for the tests, once as one writes it with torch's functions."""
+    formulas = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "plain_formulas.py")))
+    work = published.Published(PUBLISHED, 16, 1, torch.device("cpu"))
+    weights = {key: x.double() for key, x in work.weights.items()}
+    pixels = torch.rand(2, 3, 11, 18, dtype=torch.float64) * 2 - 1
+    codes = published.plain_encode(pixels, weights, work.config)
+    part = {side: {k: x for k, x in weights.items() if k in published.v2_shapes(work.config)[side]} for side in SIDES}
+    assert torch.allclose(codes, formulas.v2_encode(pixels, part["encoder"], 4, 2), atol=1e-9)
+    decoded = published.plain_decode(codes, weights, work.config)
+    assert torch.allclose(decoded, formulas.v2_decode(codes, part["decoder"], 4, 2), atol=1e-9) and decoded.std() > 0.1
 
 
 def test_an_interrupted_run_keeps_its_rows(vitok, tmp_path, monkeypatch):

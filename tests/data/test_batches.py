@@ -14,7 +14,7 @@ from PIL import Image
 
 from vitok import InputError
 from vitok.data import batches as batches_module
-from vitok.data.batches import Batch, Batches, Crop, DataSource, View
+from vitok.data.batches import Batch, Batches, Crop, DataSource, Motion, View
 
 OPTIONS = {"batch": 4, "crop": 16, "short_side": (16, 32), "seed": 0}
 
@@ -254,3 +254,54 @@ def test_the_first_names_of_a_batch():
     batch = Batch(torch.zeros(6, 2, 2, 3), ("a", "b", "a", "c", "d", "e"))
     assert batch.listed(2) == "a, b and 3 more" and batch.listed() == "a, b, c, d and 1 more"
     assert batch.clips.shape == (6, 1, 2, 2, 3)
+
+
+def ramp(path: Path, width: int, height: int) -> Image.Image:
+    """Red tells the column and green the row, three levels a pixel."""
+    across, down = np.meshgrid(3 * np.arange(width), 3 * np.arange(height))
+    picture = Image.fromarray(np.stack([across, down, 0 * down], -1).astype(np.uint8))
+    picture.save(path)
+    return picture
+
+
+def test_a_camera_moves_by_so_many_pixels_of_the_crop_a_frame(tmp_path):
+    picture, crop = ramp(tmp_path / "ramp.png", 80, 60), Crop(16, (60, 60))
+    view = View(zoom=60, ratio=1, left=0.5, top=0.5, flip=False)
+    film = crop.film(picture, view, Motion(1.5, -0.5, 1), frames=5).float()
+    assert film.shape == (5, 16, 16, 3)
+    assert torch.equal(film[2].byte(), crop.cut(picture, view)), "the crop as drawn is the middle of the film"
+    moved = (film[4] - film[0]).mean((0, 1)) / 3
+    assert (moved - torch.tensor([6.0, -2.0, 0.0])).abs().max() < 0.2, "up to rounding"
+    wider = crop.film(picture, view, Motion(0, 0, 1.1), frames=3)[..., 0].float()
+    spans = wider[:, 0, -1] - wider[:, 0, 0]
+    assert (spans[1:] / spans[:-1] - 1.1).abs().max() < 0.05 and (wider.mean((1, 2)) - wider.mean()).abs().max() < 1
+
+
+def test_a_camera_slides_along_the_edge_of_its_picture(tmp_path):
+    picture, crop = ramp(tmp_path / "ramp.png", 40, 40), Crop(16, (40, 40))
+    view = View(zoom=40, ratio=1, left=0, top=1, flip=False)
+    film = crop.film(picture, view, Motion(-9, 2, 1.01), frames=6)
+    assert film[-1, 0, 0, 0] < 3 and film[-1, -1, 0, 1] > 3 * 38, "the last frame shows the lower left corner"
+    whole = crop.film(picture, View(16, 1, 0, 0, False), Motion(50, 50, 1), frames=4)
+    assert torch.equal(whole, whole[:1].expand_as(whole)), "where the whole picture is seen, nothing can move"
+
+
+def test_pictures_seen_by_a_camera_are_clips(tmp_path):
+    ramp(tmp_path / "ramp.png", 80, 60)
+    still, moving = DataSource(str(tmp_path)), DataSource(str(tmp_path), camera=2)
+    data = batches([moving], frames=4)
+    assert data.contents == "1 picture" and data[0].pixels.shape == (4, 4, 16, 16, 3)
+    assert same(data[0], batches([moving], frames=4)[0]) and not torch.equal(data[0].pixels, data[1].pixels)
+    data = batches([moving], frames=4, short_side=(60, 60))
+    speeds = torch.cat([data[step].pixels for step in range(50)])[..., 0].float().mean((2, 3)).diff(dim=1) / 3
+    assert 1 < speeds.abs().max() < 2.5 and speeds.abs().median() < 0.5
+    both = batches([still, moving], frames=4, batch=1)
+    assert {both[step].pixels.dim() for step in range(20)} == {4, 5}
+    assert same(batches([still])[3], batches(tmp_path)[3])
+
+
+def test_a_camera_is_for_pictures(tmp_path, film, one_sentence):
+    film(tmp_path / "film.mp4", 5)
+    with pytest.raises(InputError) as error:
+        batches([DataSource(str(tmp_path / "film.mp4"), camera=1)], frames=4)
+    one_sentence(error.value, "film.mp4 has a camera, which is for pictures, but holds videos")

@@ -143,12 +143,14 @@ def test_what_does_not_fit_is_named(v2, v1, one_sentence):
         one_sentence(error.value, words)
 
 
-def test_bad_files(v2_files, tmp_path, one_sentence):
+def test_bad_files(v2, v2_files, tmp_path, one_sentence):
     (tmp_path / "torn.safetensors").write_bytes(v2_files[0].read_bytes()[:500])
+    torch.save(v2, tmp_path / "pickle.safetensors")
     (tmp_path / "bad.index.json").write_text("{}")
     (tmp_path / "out.index.json").write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     for file, words in (
         ("nowhere.safetensors", "does not exist"), ("torn.safetensors", "no readable safetensors file"),
+        ("pickle.safetensors", "no readable safetensors file"),
         ("bad.index.json", "no index of sharded weights"), ("out.index.json", "outside its folder"),
     ):  # fmt: skip
         with pytest.raises(InputError) as error:

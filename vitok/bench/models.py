@@ -78,6 +78,7 @@ class Workload:
     photos: Path | None = None
     models: dict[torch.dtype, ViTok] = field(default_factory=dict)
     coders: dict[tuple[str, torch.dtype], Coder | str] = field(default_factory=dict)
+    providers: dict[str, Callable[[Workload, torch.dtype], Coder]] = field(default_factory=lambda: PROVIDERS)
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -102,7 +103,7 @@ class Workload:
         key = provider, dtype
         if key not in self.coders:
             try:
-                self.coders[key] = PROVIDERS[provider](self, dtype)
+                self.coders[key] = self.providers[provider](self, dtype)
             except InputError as error:
                 self.coders[key] = str(error)
         built = self.coders[key]
@@ -449,8 +450,16 @@ def full_float32() -> Iterator[None]:
 class Models:
     """The rows of a workload, batch by batch, so that what was compiled for a batch is there for encode and decode."""
 
-    def __init__(self, work: Workload, dtype: torch.dtype, providers: Sequence[str], seconds: float) -> None:
+    def __init__(
+        self,
+        work: Workload,
+        dtype: torch.dtype,
+        providers: Sequence[str],
+        seconds: float,
+        baseline: str = "reference",
+    ) -> None:
         self.work, self.dtype, self.providers, self.seconds = work, dtype, tuple(providers), seconds
+        self.baseline = baseline  # the provider to whose time the column ratio_to_<baseline> is
         self._batch = 0
 
     def key(self, batch: int, what: str) -> dict[str, object]:
@@ -495,8 +504,8 @@ class Models:
                 row["mpixel_per_s"] = batch * pixels_each / (timing.p50 * 1e3)
             if LINEAR in timings and name != LINEAR and not coders[name].precision:
                 row["linear_share"] = timings[LINEAR].p50 / timing.p50
-            if "reference" in timings:
-                row["ratio_to_reference"] = timings["reference"].p50 / timing.p50
+            if self.baseline in timings:
+                row[f"ratio_to_{self.baseline}"] = timings[self.baseline].p50 / timing.p50
             if precision := coders[name].precision:
                 row["psnr_change_db"] = psnr_change(precision, self.work.device, self.work.photos)
             added.append({**self.key(batch, what), "provider": name, **row})

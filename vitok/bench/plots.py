@@ -33,9 +33,15 @@ def plot(path: Path) -> Path | None:
         return None
     kind = path.name.split("-")[0]
     figure = plt.figure(figsize=(7, 4.5), layout="constrained")
-    {"ops": _ops, "model": _model, "peers": _peers, "scale": _scale, "packed": _packed, "cache": _cache}[kind](
-        figure, rows
-    )
+    {
+        "ops": _ops,
+        "model": _model,
+        "peers": _peers,
+        "scale": _scale,
+        "packed": _packed,
+        "cache": _cache,
+        "published": _published,
+    }[kind](figure, rows)
     figure.suptitle(f"{rows[0]['device']}, {rows[0]['threads']} threads", fontsize=8)
     target = path.with_suffix(".png")
     with atomic_path(target) as temporary:
@@ -154,6 +160,21 @@ def _cache(figure: plt.Figure, rows: list[Row]) -> None:
     axes.barh(names, [float(row["images_per_s"]) for row in rows], color="#30638e")
     axes.invert_yaxis()
     axes.set_xlabel("pictures a second")
+
+
+def _published(figure: plt.Figure, rows: list[Row]) -> None:
+    timed, loaded = figure.subplots(1, 2)
+    for axes, column, title in (
+        (timed, "ratio_to_plain", "times faster than the plain definition"),
+        (loaded, "ratio_to_read", "times the time of reading the files"),
+    ):
+        part = [row for row in rows if row[column]]
+        names = [" ".join(filter(None, (row["what"], row["batch"], row["provider"]))) for row in part]
+        axes.barh(names, [float(row[column]) for row in part], color="#30638e")
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.tick_params(labelsize=6)
+        axes.set_xlabel(title, fontsize=7)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def compare(
                     failed[name] = error
                     names.remove(name)
             names = names[1:] + names[:1]
-    return {name: _timing(taken[name], host[name]) for name in taken if name not in failed}, failed
+    return {name: timing(taken[name], host[name]) for name in taken if name not in failed}, failed
 
 
 def usable(device: torch.device) -> bool:
@@ -158,7 +158,7 @@ def _enough(samples: int, elapsed: float, seconds: float) -> bool:
     return (samples >= 5 and elapsed >= seconds) or (samples >= 2 and elapsed > 10 * seconds)
 
 
-def _timing(seconds: list[float], host_us: float | None) -> Timing:
+def timing(seconds: list[float], host_us: float | None = None) -> Timing:
     parts = [1e3 * part for part in statistics.quantiles(seconds, n=20, method="inclusive")]
     return Timing(parts[3], 1e3 * statistics.median(seconds), parts[15], parts[18], len(seconds), host_us)
 

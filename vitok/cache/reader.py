@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from vitok.bottlenecks import GaussianPosterior
+from vitok.cache.manifest import File, Record
+from vitok.cache.store import Store
 from vitok.errors import InputError
 from vitok.parallel import Ranks
 
@@ -28,9 +28,10 @@ OPEN_SHARDS = 64
 
 
 class _Shard(NamedTuple):
-    path: Path
-    record: Path
-    bytes: int
+    """A shard with samples: its number among all, its file and how many there are."""
+
+    number: int
+    file: File
     samples: int
 
 
@@ -52,10 +53,10 @@ class Stats:
         mean, std = self._like(latents)
         return latents * std + mean
 
-    def _like(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _like(self, latents: Tensor) -> tuple[Tensor, ...]:
         shape = (-1, *[1] * (latents.dim() - 2))
-        mean, std = (each.to(latents.device, latents.dtype).reshape(shape) for each in (self.mean, self.std))
-        return mean, std
+        std = self.std.where(self.std > 0, 1)  # a channel that is constant becomes zero
+        return tuple(each.to(latents.device, latents.dtype).reshape(shape) for each in (self.mean, std))
 
 
 class LatentDataset(Dataset[dict[str, Any]]):
@@ -66,48 +67,34 @@ class LatentDataset(Dataset[dict[str, Any]]):
         label    int, -1 where there is none          index    its number in the data set's listing
         size     int64 [2] or [3], of the original    name     its path in the data set
 
-    `classes` are the names of the classes, `stats` the statistics of the latents, `manifest` what the cache was made by
-    and of. Shard files are mapped when they are
-    first needed, so a data set is cheap to open, to pickle and to hand to the workers of a `DataLoader`.
+    `classes` are the names of the classes, `stats` the statistics of the latents, and `manifest`, a
+    `vitok.cache.manifest.Manifest`, says what the cache was made by and of. Shard files are mapped when they are first
+    needed, so a data set is cheap to open, to pickle and to hand to the workers of a `DataLoader`.
 
     Raises InputError for what is no such cache, is not finished, or has a file that is missing or of another length.
 
-    >>> data = LatentDataset("cache")  # doctest: +SKIP
-    >>> loader = DataLoader(data, batch_size=256, sampler=ShardSampler(data), num_workers=4)  # doctest: +SKIP
-    >>> latents = [data.stats.normalize(sample_latents(batch)) for batch in loader]  # doctest: +SKIP
+        data = LatentDataset("cache")
+        loader = DataLoader(data, batch_size=256, sampler=ShardSampler(data), num_workers=4)
+        latents = [data.stats.normalize(sample_latents(batch)) for batch in loader]
     """
 
     def __init__(self, cache: str | os.PathLike[str]) -> None:
-        self.root = Path(cache)
-        self.manifest = manifest = _read(self.root / "manifest.json", f"{self.root} is no latent cache")
-        try:
-            layout, count = manifest["options"]["format"], int(manifest["shards"])
-            self.classes: list[str] = list(manifest["data"]["classes"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{self.root / 'manifest.json'} is not the manifest of a latent cache") from error
-        if layout != "safetensors":
-            raise InputError(f"{self.root} is a cache of format {layout}; LatentDataset reads safetensors")
-        unfinished = f"{self.root} is not finished; run the same vitok encode again"
-        summary = _read(self.root / "summary.json", unfinished)
+        store = Store(cache)
+        self.root, self.manifest = store.root, store.opened()
+        if (format := self.manifest.options["format"]) != "safetensors":
+            raise InputError(f"{self.root} is a cache of format {format}; LatentDataset reads safetensors")
+        summary = store.summary()
+        if summary is None:
+            raise InputError(f"{self.root} is not finished: run the command that made it once more")
+        self.classes: list[str] = self.manifest.data["classes"]
+        found = summary.statistics
+        self.stats = Stats(torch.tensor(found.mean), torch.tensor(found.std), found.scaling_factor or 1.0)
         self.shards: list[_Shard] = []
-        for number in range(count):
-            record = self.root / "manifest" / f"{number:05d}.json"
-            found = _read(record, unfinished)
-            try:
-                if found["samples"]:  # of a shard of unreadable ones there is no file
-                    (file,) = found["files"]
-                    path, length = self.root / file["path"], int(file["bytes"])
-                    self.shards.append(_Shard(path, record, length, len(found["samples"])))
-            except (KeyError, TypeError, ValueError) as error:
-                raise InputError(f"{record} is not the record of a shard") from error
+        for number in range(self.manifest.shards):
+            record = _record(store, number)
+            self.shards += [_Shard(number, file, len(record.samples)) for file in record.files]
         for shard in self.shards:
-            _check(shard)
-        try:
-            found = summary["statistics"]
-            mean, std = (torch.tensor(found[key], dtype=torch.float32) for key in ("mean", "std"))
-            self.stats = Stats(mean, std, float(found["scaling_factor"] or 1))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{self.root / 'summary.json'} is not the summary of a latent cache") from error
+            self._check(shard.file)
         self.ends = list(accumulate(shard.samples for shard in self.shards))
         self._open: OrderedDict[int, tuple[dict[str, Tensor], list[str]]] = OrderedDict()
 
@@ -136,22 +123,32 @@ class LatentDataset(Dataset[dict[str, Any]]):
             self._open.move_to_end(number)
             return self._open[number]
         shard = self.shards[number]
-        _check(shard)
+        self._check(shard.file)
+        path = self.root / shard.file.path
         try:
-            with safe_open(shard.path, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 keys = list(file.keys())
                 tensors = {key: file.get_tensor(key) for key in keys}
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{shard.path} is damaged: {error}; see vitok cache verify") from error
-        names = [sample["name"] for sample in _read(shard.record, f"{self.root} has changed")["samples"]]
+            raise InputError(f"{path} is damaged: {error}; see vitok cache verify") from error
+        names = [sample.name for sample in _record(Store(self.root), shard.number).samples]
         if not {"mean", "label", "index", "size"} <= set(tensors) or any(
             len(t) != len(names) for t in tensors.values()
         ):
-            raise InputError(f"{shard.path} does not hold the {shard.samples} samples of its record")
+            raise InputError(f"{path} does not hold the {shard.samples} samples of its record")
         if len(self._open) == OPEN_SHARDS:
             self._open.popitem(last=False)
         self._open[number] = tensors, names
         return self._open[number]
+
+    def _check(self, file: File) -> None:
+        path = self.root / file.path
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}; see vitok cache verify") from error
+        if size != file.bytes:
+            raise InputError(f"{path} has {size} bytes and was written with {file.bytes}; see vitok cache verify")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -238,20 +235,8 @@ class ShardSampler(Sampler[int]):
                 group = []
 
 
-def _check(shard: _Shard) -> None:
-    try:
-        size = os.stat(shard.path).st_size
-    except OSError as error:
-        raise InputError(f"{shard.path} cannot be read: {error.strerror}; see vitok cache verify") from error
-    if size != shard.bytes:
-        raise InputError(f"{shard.path} has {size} bytes and was written with {shard.bytes}; see vitok cache verify")
-
-
-def _read(path: Path, problem: str) -> Any:
-    """The JSON of a file; InputError if it is not there (`problem`) or is damaged."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{problem}: there is no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+def _record(store: Store, shard: int) -> Record:
+    record = store.record(shard)
+    if record is None:
+        raise InputError(f"shard {shard} of {store.root} is not finished, or its record is damaged")
+    return record

@@ -14,6 +14,7 @@ from vitok.cli.cache import cache
 from vitok.cli.codec import decode, encode
 from vitok.cli.common import TRACEBACK, describe
 from vitok.cli.convert import convert
+from vitok.cli.export import export
 from vitok.cli.inspect import info, models
 from vitok.cli.progress import one_line
 from vitok.cli.quality import evaluate
@@ -28,7 +29,7 @@ def command() -> None:
     """A fast visual tokenizer: pictures and clips to a few latent vectors and back."""
 
 
-for subcommand in (info, models, reconstruct, encode, decode, cache, convert, train, evaluate, bench):
+for subcommand in (info, models, reconstruct, encode, decode, cache, convert, export, train, evaluate, bench):
     command.add_command(subcommand)
 
 

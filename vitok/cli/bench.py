@@ -27,7 +27,8 @@ SHOWN = {  # columns of the table on the terminal, of those that the rows have
     "images_per_s": "images/s", "mpixel_per_s": "Mpixel/s", "tokens_per_s": "tokens/s", "ns_per_pixel": "ns/pixel",
     "gmac": "GMAC", "percent_of_matmul": "% matmul", "percent_of_copy": "% copy", "linear_share": "linear share",
     "percent_of_encode": "% of encode alone",
-    "ratio_to_eager": "x eager", "ratio_to_reference": "x reference", "percent_of_uniform": "% of uniform",
+    "ratio_to_eager": "x eager", "ratio_to_reference": "x reference", "ratio_to_plain": "x plain",
+    "ratio_to_read": "x read", "percent_of_uniform": "% of uniform",
     "macs_ratio": "x MACs", "time_ratio": "x time", "peak_mb": "peak MB", "psnr_change_db": "PSNR dB", "refused": "",
 }  # fmt: skip
 TEXT = ("case", "path", "dtype", "direction", "what", "provider", "layout", "refused")
@@ -237,6 +238,32 @@ def packed(name: str, **options: Any) -> None:
         for what in ("encode", "decode")
     ]
     _run("packed", series.PACKED_COLUMNS, series.PACKED_KEY, jobs, device, options)
+
+
+@bench.command()
+@click.argument("name", default="350M-f16x64")
+@click.option("--size", type=click.IntRange(1), default=256, show_default=True, help="Side of the square, pixels.")
+@listed("--batch", "1,8", "Pictures at once.", tuple, _positive)
+@listed("--what", "load,both", "Of these and encode, decode.", lambda: ("load", "encode", "decode", "both"))
+@run_options(2.0)
+def published(name: str, size: int, batch: tuple[int, ...], what: tuple[str, ...], **options: Any) -> None:
+    """A ViTok-v2 model with random weights beside its plain definition, and its loading beside reading its files.
+
+    NAME is a published model or a variant such as Ld4-Ld24/1x16x64.
+    """
+    from vitok.bench import models
+    from vitok.bench import published as module
+
+    device, dtype, seconds = open_device(options["device"]), options["dtype"], options["seconds"]
+    dtype = DTYPES[dtype] if dtype else models.default_dtype(device)
+    jobs = []
+    if "load" in what:
+        jobs.append(Job(module.load_key(name), module.LOADS, partial(module.measure_load, name, seconds)))
+    if calls := [w for w in what if w != "load"]:
+        work = module.Published(name, size, 1, device)
+        suite = models.Models(work, dtype, module.SPEEDS, seconds, module.PLAIN)
+        jobs += [Job(suite.key(b, w), module.SPEEDS, partial(suite.measure, b, w)) for b in batch for w in calls]
+    _run("published", module.COLUMNS, models.KEY, jobs, device, options)
 
 
 @bench.command()

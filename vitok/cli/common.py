@@ -36,7 +36,11 @@ def model_options(command: F) -> F:
         ),
         device_option,
         click.option(
-            "--model", "model_name", default="demo", show_default=True, help="Bundled model or a model directory."
+            "--model",
+            "model_name",
+            default="demo",
+            show_default=True,
+            help="Bundled model, a model directory or hf:OWNER/NAME.",
         ),
     ):
         command = option(command)

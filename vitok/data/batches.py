@@ -36,6 +36,8 @@ class DataSource:
     """Of its samples among all that are drawn."""
     groups: str = ""
     """Regular expression; samples whose file names match it with the same text form a group, drawn evenly ("": one)."""
+    camera: float = 0.0
+    """Pictures become clips, seen by a camera that moves by up to so many pixels a frame (0: they stay pictures)."""
 
 
 class Batch(NamedTuple):
@@ -67,6 +69,20 @@ class View(NamedTuple):
     flip: bool
 
 
+class Motion(NamedTuple):
+    """Of a camera over a picture: by how many pixels of the crop it moves, and how its field of view grows, a frame."""
+
+    right: float
+    down: float
+    growth: float
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, fastest: float) -> Motion:
+        """Any direction, speed log-uniform in [fastest / 100, fastest], growth up or down by at most a hundredth."""
+        speed, angle = fastest * 10 ** rng.uniform(-2, 0), rng.uniform(0, 2 * math.pi)
+        return cls(speed * math.cos(angle), speed * math.sin(angle), math.exp(rng.uniform(-0.01, 0.01)))
+
+
 @dataclass(frozen=True)
 class Crop:
     """Square crops of `size` pixels, flipped half of the time.
@@ -95,9 +111,32 @@ class Crop:
 
     def cut(self, picture: Image.Image, view: View) -> Tensor:
         """uint8 [size, size, 3]."""
-        width, height = picture.size
+        return self._seen(picture, self._box(picture.size, view), view)
+
+    def film(self, picture: Image.Image, view: View, motion: Motion, frames: int) -> Tensor:
+        """uint8 [frames, size, size, 3]: the crop as it moves; at the picture's edge the camera slides along it."""
+        left, top, right, bottom = self._box(picture.size, view)
+        seen = []
+        for frame in range(frames):
+            times = frame - (frames - 1) / 2  # the crop as drawn is the middle of the film
+            across, down = (right - left) * motion.growth**times, (bottom - top) * motion.growth**times
+            fit = min(1.0, picture.width / across, picture.height / down)
+            across, down = across * fit, down * fit
+            x = (left + right - across) / 2 + times * motion.right * across / self.size
+            y = (top + bottom - down) / 2 + times * motion.down * down / self.size
+            x, y = min(max(x, 0.0), picture.width - across), min(max(y, 0.0), picture.height - down)
+            seen.append(self._seen(picture, (x, y, x + across, y + down), view))
+        return torch.stack(seen)
+
+    def _seen(self, picture: Image.Image, box: tuple[float, float, float, float], view: View) -> Tensor:
+        pixels = np.array(picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
+        return torch.from_numpy(pixels).flip(1) if view.flip else torch.from_numpy(pixels)
+
+    def _box(self, size: tuple[int, int], view: View) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what a view shows of a picture of that size."""
+        width, height = size
         if self.scale is None:
-            shortest = min(picture.size)
+            shortest = min(size)
             across = down = min(self.size * shortest / view.zoom, shortest)  # in the picture's own pixels
         else:
             area = view.zoom * width * height
@@ -105,18 +144,18 @@ class Crop:
             fit = min(1.0, width / across, height / down)
             across, down = min(across * fit, width), min(down * fit, height)
         left, top = view.left * (width - across), view.top * (height - down)
-        box = (left, top, left + across, top + down)
-        pixels = np.array(picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
-        return torch.from_numpy(pixels).flip(1) if view.flip else torch.from_numpy(pixels)
+        return left, top, left + across, top + down
 
 
 class Draw(NamedTuple):
-    """A sample as it is drawn, before anything is read: which source, which of its samples, where in it, what crop."""
+    """A sample as it is drawn, before anything is read: which source, which of its samples, where in it, what crop,
+    and the motion of the camera if there is one."""
 
     source: int
     sample: int
     place: float
     view: View
+    motion: Motion | None
 
 
 class Batches(Dataset[Batch]):
@@ -148,12 +187,15 @@ class Batches(Dataset[Batch]):
         self.sources = [open_source(part.path, frames) for part in parts]
         self.skipped = [problem for source in self.sources for problem in source.skipped]
         self._weights = [part.weight for part in parts]
+        self._cameras, self._frames = [part.camera for part in parts], frames
         self._groups = [
             _grouped(source.names, part.groups or groups) for source, part in zip(self.sources, parts, strict=True)
         ]
         self._kinds: dict[str, list[int]] = {}
-        for number, source in enumerate(self.sources):
-            self._kinds.setdefault(source.kind, []).append(number)
+        for number, (source, camera) in enumerate(zip(self.sources, self._cameras, strict=True)):
+            if camera and source.kind == "clips":
+                raise InputError(f"data {parts[number].path} has a camera, which is for pictures, but holds videos")
+            self._kinds.setdefault("clips" if camera else source.kind, []).append(number)
         self._unreadable: dict[tuple[int, int], str] = {}
         self._cache: OrderedDict[tuple[int, int, int], Image.Image] = OrderedDict()
         self._cached_bytes = 0
@@ -162,9 +204,10 @@ class Batches(Dataset[Batch]):
     def contents(self) -> str:
         """Such as "140 pictures and 4 films"."""
         told = []
-        for kind, numbers in self._kinds.items():
-            count, thing = sum(len(self.sources[i].names) for i in numbers), "film" if kind == "clips" else "picture"
-            told.append(f"{count} {thing}{'s' * (count != 1)}")
+        for kind, thing in (("pictures", "picture"), ("clips", "film")):
+            if numbers := [source for source in self.sources if source.kind == kind]:
+                count = sum(len(source.names) for source in numbers)
+                told.append(f"{count} {thing}{'s' * (count != 1)}")
         return " and ".join(told)
 
     def __getitem__(self, step: int) -> Batch:
@@ -198,7 +241,8 @@ class Batches(Dataset[Batch]):
         group = groups[rng.integers(len(groups))]
         index = group[rng.integers(len(group))]
         place = rng.random() if self.sources[source].kind == "clips" else 0.0
-        return Draw(source, index, place, self.crop.draw(rng))
+        view, camera = self.crop.draw(rng), self._cameras[source]
+        return Draw(source, index, place, view, Motion.draw(rng, camera) if camera else None)
 
     def _sample(self, draw: Draw, numbers: list[int], seed: tuple[int, ...]) -> tuple[Tensor, str, list[str]]:
         """Pixels, name, and what was skipped. Replacements have a stream of their own, so that no rank needs another's
@@ -206,9 +250,13 @@ class Batches(Dataset[Batch]):
         replacements, skipped = np.random.default_rng(seed), list[str]()
         for _ in range(ATTEMPTS):
             try:
-                pixels = torch.stack([self.crop.cut(picture, draw.view) for picture in self._pictures(draw)])
-                source = self.sources[draw.source]
-                return pixels if source.kind == "clips" else pixels[0], source.names[draw.sample], skipped
+                source, pictures = self.sources[draw.source], self._pictures(draw)
+                if draw.motion:
+                    pixels = self.crop.film(pictures[0], draw.view, draw.motion, self._frames)
+                else:
+                    pixels = torch.stack([self.crop.cut(picture, draw.view) for picture in pictures])
+                still = source.kind == "pictures" and not draw.motion
+                return pixels[0] if still else pixels, source.names[draw.sample], skipped
             except InputError as error:
                 skipped.append(str(error))
                 draw = self._draw(replacements, numbers)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vitok.config import StackConfig, ViTokConfig, listed, suggest
 from vitok.errors import InputError
+from vitok.integrations.hub import download
 from vitok.model import ViTok
 
 Source = str | Path | Mapping[str, Tensor]
@@ -60,19 +61,19 @@ def load_vitok_v2(
     variant = PUBLISHED.get(variant, variant)
     with ExitStack() as files:
         parts = {
-            name: _Weights(source, name, files, allow_pickle)
+            name: _Weights(source, name, files, allow_pickle, device, dtype)
             for name, source in (("encoder", encoder), ("decoder", decoder))
             if source is not None
         }
         config = ViTokConfig.from_name(variant, preset="v2") if variant else _v2_config(parts)
-        shapes = {"encoder": _v2_encoder_shapes, "decoder": _v2_decoder_shapes}
+        shapes = v2_shapes(config)
         for name, weights in parts.items():
-            weights.check(shapes[name](config))
+            weights.check(shapes[name])
         readers = {"encoder": _v2_encoder, "decoder": _v2_decoder}
         state = {
             f"{name}.{key}": tensor for name, weights in parts.items() for key, tensor in readers[name](weights, config)
         }
-    return _filled(config, state, tuple(parts)).to(device=device, dtype=dtype)
+    return _filled(config, state, tuple(parts))
 
 
 def load_vitok_v1(
@@ -93,7 +94,7 @@ def load_vitok_v1(
     Raises InputError as `load_vitok_v2` does, and for learned positions or tokens, which our model has no place for.
     """
     with ExitStack() as files:
-        weights = _Weights(source, "weights", files, allow_pickle)
+        weights = _Weights(source, "weights", files, allow_pickle, device, dtype)
         for key, what in (
             ("posemb", "learned positions"), ("dec_posemb", "learned positions"), ("code", "1D latent tokens"),
             ("mask_token", "a mask token"),
@@ -104,7 +105,7 @@ def load_vitok_v1(
         readers = {"encoder": (_v1_encoder_shapes, _v1_encoder), "decoder": (_v1_decoder_shapes, _v1_decoder)}
         weights.check({key: shape for part in parts for key, shape in readers[part][0](config).items()})
         state = {f"{part}.{key}": tensor for part in parts for key, tensor in readers[part][1](weights, config)}
-    return _filled(config, state, parts).to(device=device, dtype=dtype)
+    return _filled(config, state, parts)
 
 
 class Missing(nn.Module):
@@ -134,9 +135,18 @@ def _filled(config: ViTokConfig, state: dict[str, Tensor], parts: tuple[str, ...
 
 
 class _Weights:
-    """Tensors by name, each read when it is asked for, so that a model is never in memory twice."""
+    """Tensors by name, each read and cast when it is asked for, so that a model is never in memory twice."""
 
-    def __init__(self, source: Source, part: str, files: ExitStack, allow_pickle: bool) -> None:
+    def __init__(
+        self,
+        source: Source,
+        part: str,
+        files: ExitStack,
+        allow_pickle: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.device, self.dtype = device, dtype
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._read: dict[str, Callable[[str], Tensor]] = {}
         if isinstance(source, Mapping):
@@ -162,7 +172,7 @@ class _Weights:
         self._read |= dict.fromkeys(shapes, read)
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._read[key](key)
+        return self._read[key](key).to(device=self.device, dtype=self.dtype)
 
     def shape(self, key: str) -> tuple[int, ...]:
         if key not in self.shapes:
@@ -221,29 +231,29 @@ def _fetch(name: str, part: str) -> Path:
             f"got {name!r}{suggest(name, PUBLISHED)}"
         )
     repository = REPOSITORY.format(name)
-    try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(repository, f"{part}.safetensors"))
-    except Exception as error:  # whatever the network, the hub or its absence may raise
-        raise InputError(
-            f"cannot fetch {part}.safetensors of {repository} ({' '.join(str(error).split())[:120]}); put the file "
-            f"from https://huggingface.co/{repository} anywhere and name it by {part}="
-        ) from error
+    instead = f"put the file from https://huggingface.co/{repository} anywhere and name it by {part}="
+    return download(repository, f"{part}.safetensors", instead)
 
 
 # --- from their layout to ours
 
 
 def _halves_apart(rows: Tensor, heads: int) -> Tensor:
-    """Rows of `heads` heads, in each the even ones first: pairs of neighbours become pairs half a head apart."""
-    parts = rows.unflatten(0, (heads, -1))
-    return torch.cat((parts[:, 0::2], parts[:, 1::2]), 1).flatten(0, 1)
+    """Rows of `heads` heads as [heads, 2, half, ...]: pairs of neighbours become pairs half a head apart."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2)
 
 
 def _qkv(weight: Tensor, heads: int) -> Tensor:
-    q, k, v = weight.chunk(3)
-    return torch.cat((_halves_apart(q, heads), _halves_apart(k, heads), v))
+    out, rotated = torch.empty_like(weight), 2 * len(weight) // 3
+    out[:rotated].unflatten(0, (2 * heads, 2, -1)).copy_(_halves_apart(weight[:rotated], 2 * heads))
+    out[rotated:] = weight[rotated:]
+    return out
+
+
+def _linear(weights: _Weights, ours: str, theirs: str) -> Converted:
+    """A layer that stays as it is."""
+    for name in ("weight", "bias"):
+        yield f"{ours}.{name}", weights[f"{theirs}.{name}"]
 
 
 # --- ViTok-v2
@@ -265,6 +275,11 @@ def _v2_config(parts: Mapping[str, _Weights]) -> ViTokConfig:
         stacks.setdefault(part, "w64_d0_h1")
     name = f"{stacks['encoder']}-{stacks['decoder']}/1x{patch}x{channels}"
     return ViTokConfig.from_name(name, preset="v2", **hidden)
+
+
+def v2_shapes(config: ViTokConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Names and shapes of the weights in the two files of a model."""
+    return {"encoder": _v2_encoder_shapes(config), "decoder": _v2_decoder_shapes(config)}
 
 
 def _v2_block_shapes(prefix: str, stack: StackConfig) -> dict[str, tuple[int, ...]]:
@@ -301,8 +316,8 @@ def _v2_blocks(weights: _Weights, prefix: str, stack: StackConfig) -> Converted:
         ours, theirs = f"stack.blocks.{i}", f"{prefix}.{i}"
         yield f"{ours}.norm.weight", weights[f"{theirs}.norm1.weight"]
         yield f"{ours}.attention.qkv.weight", _qkv(weights[f"{theirs}.attn.qkv_proj.weight"], stack.heads)
-        yield f"{ours}.attention.q_norm", _halves_apart(weights[f"{theirs}.attn.norm_q.weight"], 1)
-        yield f"{ours}.attention.k_norm", _halves_apart(weights[f"{theirs}.attn.norm_k.weight"], 1)
+        yield f"{ours}.attention.q_norm", _halves_apart(weights[f"{theirs}.attn.norm_q.weight"], 1).flatten()
+        yield f"{ours}.attention.k_norm", _halves_apart(weights[f"{theirs}.attn.norm_k.weight"], 1).flatten()
         yield f"{ours}.attention.proj.weight", weights[f"{theirs}.attn.out_proj.weight"]
         value, gate = weights[f"{theirs}.ffn.fc1.weight"].chunk(2)
         yield f"{ours}.feed_forward.gate_up.weight", torch.cat((gate, value))
@@ -315,13 +330,11 @@ def _v2_encoder(weights: _Weights, config: ViTokConfig) -> Converted:
     yield "embed.weight", patch.permute(0, 2, 3, 1).flatten(1)
     yield "embed.bias", weights["patch_embed.bias"]
     yield from _v2_blocks(weights, "encoder_blocks", config.encoder)
-    for name in ("weight", "bias"):
-        yield f"bottleneck.to_code.{name}", weights[f"to_code.{name}"]
+    yield from _linear(weights, "bottleneck.to_code", "to_code")
 
 
 def _v2_decoder(weights: _Weights, config: ViTokConfig) -> Converted:
-    for name in ("weight", "bias"):
-        yield f"from_latents.{name}", weights[f"decoder_embed.{name}"]
+    yield from _linear(weights, "from_latents", "decoder_embed")
     yield from _v2_blocks(weights, "decoder_blocks", config.decoder)
     for name in ("weight", "bias"):
         pixels = weights[f"to_pixels.{name}"].unflatten(0, (3, config.patch, config.patch))
@@ -401,28 +414,25 @@ def _v1_blocks(weights: _Weights, prefix: str, stack: StackConfig) -> Converted:
     for i in range(stack.depth):
         ours, theirs = f"stack.blocks.{i}", f"{prefix}.blocks.{i}"
         yield f"{ours}.attention.qkv.weight", _qkv(weights[f"{theirs}.attn.qkv.weight"], stack.heads)
+        yield from _linear(weights, f"{ours}.attention_norm", f"{theirs}.norm1")
+        yield from _linear(weights, f"{ours}.attention.proj", f"{theirs}.attn.proj")
+        yield from _linear(weights, f"{ours}.feed_forward_norm", f"{theirs}.norm2")
+        yield from _linear(weights, f"{ours}.feed_forward.down", f"{theirs}.mlp.fc3")
         for name in ("weight", "bias"):
-            yield f"{ours}.attention_norm.{name}", weights[f"{theirs}.norm1.{name}"]
-            yield f"{ours}.attention.proj.{name}", weights[f"{theirs}.attn.proj.{name}"]
-            yield f"{ours}.feed_forward_norm.{name}", weights[f"{theirs}.norm2.{name}"]
             gate, up = (weights[f"{theirs}.mlp.{layer}.{name}"] for layer in ("fc1", "fc2"))
             yield f"{ours}.feed_forward.gate_up.{name}", torch.cat((gate, up))
-            yield f"{ours}.feed_forward.down.{name}", weights[f"{theirs}.mlp.fc3.{name}"]
-    for name in ("weight", "bias"):
-        yield f"stack.norm.{name}", weights[f"{prefix}.norm.{name}"]
+    yield from _linear(weights, "stack.norm", f"{prefix}.norm")
 
 
 def _v1_encoder(weights: _Weights, config: ViTokConfig) -> Converted:
     yield "embed.weight", weights["tubelet_embed.proj.weight"].movedim(1, -1).flatten(1)
     yield "embed.bias", weights["tubelet_embed.proj.bias"]
     yield from _v1_blocks(weights, "encoder", config.encoder)
-    for name in ("weight", "bias"):
-        yield f"bottleneck.to_moments.{name}", weights[f"encoder_to_code.{name}"]
+    yield from _linear(weights, "bottleneck.to_moments", "encoder_to_code")
 
 
 def _v1_decoder(weights: _Weights, config: ViTokConfig) -> Converted:
-    for name in ("weight", "bias"):
-        yield f"from_latents.{name}", weights[f"code_to_decoder.{name}"]
+    yield from _linear(weights, "from_latents", "code_to_decoder")
     yield from _v1_blocks(weights, "decoder", config.decoder)
     yield "unembed.weight", weights["tubelet_decode.proj.weight"].permute(2, 3, 4, 1, 0).flatten(0, 3)
     yield "unembed.bias", weights["tubelet_decode.proj.bias"]

@@ -37,7 +37,8 @@ class TrainConfig:
 
     data: str | tuple[DataSource, ...]
     """What to train on: a folder, searched recursively, of pictures, of videos, or of tar shards as webdataset writes
-    them; one file; or a pattern such as shards/train-*.tar. Or a list of {path, weight, groups}, drawn by weight."""
+    them; one file; or a pattern such as shards/train-*.tar. Or a list of {path, weight, groups, camera}
+    (`vitok.data.batches.DataSource`), drawn by weight."""
     out: str
     """Directory of the run: `model/` (the averaged weights), `state-<step>/` (to resume from), and to look at
     `log.csv`, `tensorboard/`, `reconstructions/` and `curves.png`."""
@@ -216,7 +217,9 @@ def _as_data(value: Any) -> str | tuple[DataSource, ...]:
     if isinstance(value, str):
         return value
     if not isinstance(value, (list, tuple)) or not value:
-        raise InputError(f"training field 'data' must be a path or a list of {{path, weight, groups}}, got {value!r}")
+        raise InputError(
+            f"training field 'data' must be a path or a list of {{path, weight, groups, camera}}, got {value!r}"
+        )
     sources = []
     for i, entry in enumerate(value):
         where = f"data[{i}]"
@@ -231,6 +234,8 @@ def _as_data(value: Any) -> str | tuple[DataSource, ...]:
         source = DataSource(**{key: _as_type(f"{where}.{key}", fields[key], item) for key, item in entry.items()})
         if not 0 < source.weight < math.inf:
             raise InputError(f"training field '{where}.weight' must be a positive number, got {source.weight}")
+        if not 0 <= source.camera <= 1024:
+            raise InputError(f"training field '{where}.camera' must lie between 0 and 1024, got {source.camera}")
         _check_groups(f"{where}.groups", source.groups)
         sources.append(source)
     return tuple(sources)

@@ -52,6 +52,7 @@ class Trainer:
         self.config, self.device = config, torch.device(device)
         self.out = Path(config.out)
         self.ranks = Ranks.current()
+        self.fsdp = config.parallel == "fsdp" and self.ranks.count > 1
         if config.batch % (self.ranks.count * config.accumulate):
             raise InputError(
                 f"training field 'batch' must be a multiple of ranks x accumulate, {self.ranks.count} x "
@@ -72,7 +73,7 @@ class Trainer:
         self.frozen = config.freeze_encoder or config.stage == 2
         self.autoencoder = self._prepared(Autoencoder(self.model, self.frozen, config.latent_noise))
         self.averaged = Autoencoder(self.average)
-        if config.parallel == "fsdp" and self.ranks.count > 1:
+        if self.fsdp:
             sharded(self.averaged, self.averaged.blocks)
         self.optimizer = make_optimizer(config, self.model)
         network = perceptual_loss(config.perceptual, config.perceptual_weights)
@@ -103,7 +104,7 @@ class Trainer:
         if self.config.compile:
             for block in autoencoder.blocks:
                 block.compile(dynamic=False)
-        if self.config.parallel == "fsdp" and self.ranks.count > 1:
+        if self.fsdp:
             return sharded(autoencoder, autoencoder.blocks)
         return replicated(autoencoder)
 
@@ -226,7 +227,7 @@ class Trainer:
             found = f"the loss ({loss:g}) or its gradient ({norm:g}) is not finite at step {step}"
             try:
                 pixels = {f"batch.{self.ranks.rank}": batch.pixels}
-                checkpoints.write(self.out / FAILED, self._tensors() | pixels, self._about())
+                checkpoints.write(self.out / FAILED, self._tensors() | pixels, {"run": self._identity()})
                 kept = f"{self.out / FAILED} holds the state and this batch"
             except InputError as error:
                 kept = str(error)
@@ -258,7 +259,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the averaged model and the checkpoint to resume from."""
-        checkpoints.write_step(self.out, self.step, self._tensors(), self._about())
+        checkpoints.write_step(self.out, self.step, self._tensors(), {"run": self._identity()})
         weights = {key: whole(value).cpu() for key, value in self.average.state_dict().items()}
         if self.ranks.rank > 0:
             return
@@ -306,9 +307,6 @@ class Trainer:
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """By the names of what they train."""
         return {"model": self.optimizer} | ({"adversary": self.adversary_optimizer} if self.adversary else {})
-
-    def _about(self) -> dict[str, Any]:
-        return {"run": self._identity()}
 
     def _identity(self) -> str:
         """What must be equal for a run to go on: everything but how long it is, where it lives and how it is fed."""
