@@ -12,7 +12,7 @@ from vitok import _native
 from vitok.cli import command
 from vitok.io import read_latents
 
-COMMANDS = ("info", "models", "reconstruct", "encode", "decode", "convert", "export", "train", "eval", "bench")
+COMMANDS = ("info", "models", "reconstruct", "encode", "decode", "cache", "convert", "export", "train", "eval", "bench")
 
 
 @pytest.fixture

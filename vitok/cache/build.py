@@ -30,7 +30,6 @@ from vitok.errors import InputError
 from vitok.model import ViTok
 from vitok.parallel import Ranks
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POLL_SECONDS = 0.2
 
 
@@ -68,6 +67,10 @@ class Moments(NamedTuple):
     def each(self, change: Callable[[Tensor], Tensor]) -> Moments:
         mean, *others = self
         return Moments(change(mean), *(None if x is None else change(x) for x in others))
+
+
+Part = tuple[Decoded, Callable[[], Moments] | None]
+"""A batch and what gives its moments, None where none of it could be read."""
 
 
 class Batches(Dataset[Decoded]):
@@ -112,8 +115,8 @@ class Encoder:
     """
 
     def __init__(self, model: ViTok, options: Options) -> None:
-        self.model = model.for_inference(DTYPES[options.arithmetic])
-        self.step, self.flip, self.dtype = model.config.clip_frames, options.flip, DTYPES[options.dtype]
+        self.model = model.for_inference(getattr(torch, options.arithmetic))
+        self.step, self.flip, self.dtype = model.config.clip_frames, options.flip, getattr(torch, options.dtype)
         self.device = model.device
         self._before: torch.cuda.Event | None = None
 
@@ -190,13 +193,12 @@ class Shards:
             stack.callback(decoded.close)
             writer = stack.enter_context(ThreadPoolExecutor(1))
             for shard, group in groupby(waits, key=attrgetter("shard")):
-                parts: list[tuple[Decoded, Callable[[], Moments] | None]] = []
+                parts: list[Part] = []
                 for batch in group:
                     if writing is not None and writing.done():
                         writing.result()  # a full disk ends the run at once
-                    parts.append((batch, None if batch.pixels is None else encoder(batch.pixels)))
-                    if not self.format.pixels:
-                        parts[-1] = (batch._replace(pixels=None), parts[-1][1])
+                    moments = None if batch.pixels is None else encoder(batch.pixels)
+                    parts.append((batch._replace(pixels=self._kept(batch.pixels)), moments))
                     tell(Progress(batch.samples, total, waits.seconds / max(time.perf_counter() - begun, 1e-9)))
                 if writing is not None:
                     writing.result()  # at most one shard waits while another is written
@@ -204,7 +206,11 @@ class Shards:
             if writing is not None:
                 writing.result()
 
-    def _write(self, shard: int, parts: Sequence[tuple[Decoded, Callable[[], Moments] | None]]) -> None:
+    def _kept(self, pixels: Tensor | None) -> Tensor | None:
+        """What a format needs of them, out of the memory that is shared with a worker."""
+        return pixels.clone() if self.format.pixels and pixels is not None else None
+
+    def _write(self, shard: int, parts: Sequence[Part]) -> None:
         names, labels = self.listing.names, self.listing.labels
         unreadable = [
             Unreadable(names[i], i, labels[i], reason) for batch, _ in parts for i, reason in batch.unreadable
@@ -259,7 +265,7 @@ def build(
     """Fill the cache `store` with the latents of a data set, or go on with it, and say what it holds.
 
     Args:
-        model: on its device, in the dtype of `options.arithmetic`.
+        model: on its device, with its weights as they were loaded.
         name: of the model, for the manifest.
         workers: processes that decode, 0 for none besides this one.
         tell: is told how far this process is, after every batch.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from vitok.cache.formats import FORMATS
 from vitok.cli.common import DTYPES, finish, open_device, show_table
 from vitok.cli.progress import Display
 from vitok.errors import InputError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from vitok.cache.manifest import Manifest, Statistics
     from vitok.cache.store import Store
 
-FORMATS = ("safetensors", "lightningdit", "repa", "mar", "npy", "webdataset")
 SIZE = 256
 FRAMES = 16  # of a clip for a model of pictures
 MOST_WORKERS = 16
@@ -42,7 +42,7 @@ def cache_options(command: F) -> F:
         click.option("--flip", is_flag=True, default=None, help="Also the latents of the mirrored pictures."),
         click.option("--shard", type=count, help="Samples of a unit of work, mostly a file.  [default: 1024]"),
         click.option("--batch", type=count, help="Pictures or clips encoded at once.  [default: 8]"),
-        click.option("--format", type=click.Choice(FORMATS), help="Make a latent cache of one data set."),
+        click.option("--format", type=click.Choice(list(FORMATS)), help="Make a latent cache of one data set."),
     ):
         command = option(command)
     return command
@@ -131,6 +131,8 @@ def _check_apart(data: str, out: Path) -> None:
 def _ray(workers: int) -> Any:
     from vitok.cache.cluster import on_ray
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise InputError("--engine ray finds its processes itself; start it without torchrun")
     return on_ray(workers)
 
 

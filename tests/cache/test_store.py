@@ -1,0 +1,61 @@
+"""Writing into a cache and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from vitok import InputError
+from vitok.cache.store import OWN, Store, check_path
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/a", "../a", "a/../../b", "a//b", "a/./b", "..", "a\\b", "C:\\b", "a\0b", "a/", "manifest.json",
+             "manifest/00000.json", "summary.json", ".partial/x"],
+)  # fmt: skip
+def test_paths_that_lead_elsewhere(path):
+    with pytest.raises(InputError, match="cannot be the name of a file in a cache"):
+        check_path(path, OWN)
+
+
+def test_a_link_that_leads_out_is_not_followed(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "features").symlink_to(tmp_path)
+    store = Store(tmp_path / "cache")
+    with pytest.raises(InputError, match="a link leads out of the cache"):
+        store.write([("features/deeper/1.npy", b"x")])
+    assert sorted(os.listdir(tmp_path)) == ["cache"]
+
+
+def test_two_files_of_one_name(tmp_path):
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(InputError, match="two samples give one file"):
+        Store(tmp_path / "cache").write([("a", b"1"), ("a", b"2")])
+    assert not (tmp_path / "cache" / "a").exists()
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(InputError, match="File name too long"):
+        Store(tmp_path / "cache").write([("a" * 300, b"1")])
+
+
+def test_a_lock_ends_with_its_process_and_not_with_its_children(tmp_path):
+    store = Store(tmp_path)
+    ready, tell = os.pipe()
+    with store.locked():
+        with pytest.raises(InputError, match="another process"), store.locked():
+            pass
+        child = os.fork()
+        if child == 0:
+            os.write(tell, b".")
+            signal.pause()
+        os.read(ready, 1)
+    try:
+        with store.locked():
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
