@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,31 +196,49 @@ def test_workers_and_ranks_write_the_same_bytes(vitok, options, torchrun, expect
     assert result.returncode != 0 and result.stderr.count("made with seed 0 (here 1)") == 1, result.stderr
 
 
-def kill_at_random_moments(arguments, folder, times):
-    """Start the command and kill it, so often; moments are spread over the work, not over Python's start."""
-    rng, environment = random.Random(0), {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = 0
-    for _ in range(times):
+def kill_at_random_moments(arguments, folder, times, check):
+    """Kill the command so often in the middle of its work; where it was done before, `check` it and begin anew.
+
+    Returns how many shards were finished at each kill."""
+    rng, environment = random.Random(1), {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = []
+    for _ in range(3 * times):
+        begun = time.time_ns()
         process = subprocess.Popen([PROGRAM, *arguments], env=environment, stdout=-3, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and not (folder / "manifest.json").exists() and not (folder / STAGING).exists():
+        while process.poll() is None and not writing_since(folder / STAGING, begun):
             time.sleep(0.001)
-        done = len(list(folder.glob("manifest/*")))
-        while process.poll() is None and len(list(folder.glob("manifest/*"))) < done + rng.randrange(2):
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.02))
+        time.sleep(0.005 * 100 ** rng.random())  # 5 ms to half a second, for slow machines and fast ones
         process.kill()
         said = process.communicate()[1]
         assert "error" not in said, said
-        killed += process.returncode == -signal.SIGKILL
-    return killed
+        if process.returncode == -signal.SIGKILL:
+            found.append(len(list(folder.glob("manifest/*.json"))))
+        if (folder / "summary.json").exists():
+            check(folder)
+            shutil.rmtree(folder)
+        if len(found) == times:
+            return found
+    raise AssertionError(f"of {3 * times} runs only {len(found)} were killed in time")
+
+
+def writing_since(staging, moment):
+    try:
+        return staging.stat().st_ctime_ns > moment
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_a_run_killed_again_and_again_ends_like_one_that_was_not(vitok, options, expected, tmp_path, times):
     arguments = options("killed", "--workers", "1")
-    assert kill_at_random_moments(arguments, tmp_path / "killed", times) >= min(times, 3)
-    assert vitok(*arguments).code == 0
-    assert contents(tmp_path / "killed") == expected
+
+    def check(folder):
+        assert vitok(*arguments).code == 0
+        assert contents(folder) == expected
+
+    finished = kill_at_random_moments(arguments, tmp_path / "killed", times, check)
+    check(tmp_path / "killed")
+    assert times < 20 or len(set(finished)) > 2, "the moments are spread over the work"
 
 
 def test_a_stopped_run_cleans_up_and_goes_on(options, expected, tmp_path):
