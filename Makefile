@@ -9,7 +9,7 @@ RESULTS := --out benchmarks/results
 KERNELS := benchmarks/results/kernel-resources.json
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-long kernels-check kernels-table sanitize lint bench bench-large bench-train bench-published bench-ops docs clean
+.PHONY: setup demo test test-long kernels-check kernels-table sanitize lint bench bench-large bench-train bench-published bench-cache bench-ops docs clean
 
 setup: $(STAMP)
 
@@ -76,6 +76,11 @@ bench-train: setup
 bench-published: setup
 	$(BIN)/vitok bench published --dtype bfloat16 $(RESULTS)
 	$(BIN)/vitok bench published --dtype float32 --what both $(RESULTS) --resume
+	$(BIN)/python docs/generate.py
+
+# Filling a latent cache beside encoding alone.
+bench-cache: setup
+	$(BIN)/vitok bench cache $(RESULTS)
 	$(BIN)/python docs/generate.py
 
 # Every op beside its peers; then what follows from the rows: the order of `auto`, the plots and the tables.

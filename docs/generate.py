@@ -136,6 +136,17 @@ def published() -> str:
     )  # fmt: skip
 
 
+def caches() -> str:
+    return table(
+        "cache",
+        {
+            "case": "model", "size": "pixels", "batch": "batch", "dtype": "dtype", "provider": "provider",
+            "workers": "workers", "pictures": "pictures", "ms_p50": "ms a picture, p50", "ms_p20": "p20",
+            "images_per_s": "images/s", "percent_of_encode": "% of encode alone",
+        },
+    )  # fmt: skip
+
+
 def training() -> str:
     return table(
         "train/model",
@@ -406,6 +417,7 @@ TABLES = {
     "whole_models": whole_models,
     "training": training,
     "published": published,
+    "caches": caches,
     "peers": peers,
     "scale": scale,
     "packed": packed,
