@@ -27,7 +27,7 @@ test: setup
 	$(PYTEST) -m "not long"
 
 test-long: setup
-	$(PYTEST) -m long
+	$(PYTEST) -m long --durations 15
 
 # What can be proven of the kernels without a GPU.
 kernels-check: setup sanitize
