@@ -20,6 +20,8 @@ from torch import Tensor
 from vitok.bottlenecks import GaussianPosterior
 from vitok.errors import InputError
 
+MOMENTS = ("mean", "logvar", "flipped_mean", "flipped_logvar")
+"""The tensors of `Encoded`, by their names there and in our own files."""
 SHARD_FORMAT, SHARD_VERSION = "vitok-cache", "1"
 _SAFETENSORS = {
     torch.int64: "I64",
@@ -163,8 +165,7 @@ class Safetensors(Format):
             "index": torch.tensor(encoded.indices, dtype=torch.int64),
             "size": torch.tensor(encoded.sizes, dtype=torch.int32).view(len(encoded.names), -1),
         }
-        moments = ("mean", "logvar", "flipped_mean", "flipped_logvar")
-        tensors |= {key: getattr(encoded, key) for key in moments if getattr(encoded, key) is not None}
+        tensors |= {key: getattr(encoded, key) for key in MOMENTS if getattr(encoded, key) is not None}
         about = {"format": SHARD_FORMAT, "version": SHARD_VERSION}
         yield f"latents-{number:05d}.safetensors", safetensors_bytes(tensors, about)
 

@@ -13,14 +13,13 @@ from safetensors.torch import load
 from torch import Tensor
 
 from vitok.cache.build import Progress, Tell, finish, write_encoded
-from vitok.cache.formats import FORMATS, Encoded
+from vitok.cache.formats import FORMATS, MOMENTS, Encoded
 from vitok.cache.listing import listing_hash
 from vitok.cache.manifest import File, Manifest, Record, Sample, Statistics, Unreadable, record_path
 from vitok.cache.store import Store
 from vitok.errors import InputError
 
 MERGED = "safetensors"
-MOMENTS = ("mean", "logvar", "flipped_mean", "flipped_logvar")
 
 Each = TypeVar("Each", Sample, Unreadable)
 

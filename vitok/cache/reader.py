@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from vitok.bottlenecks import GaussianPosterior
+from vitok.cache.formats import MOMENTS
 from vitok.cache.manifest import File, Record
 from vitok.cache.store import Store
 from vitok.errors import InputError
 from vitok.parallel import Ranks
 
-MOMENTS = ("mean", "logvar", "flipped_mean", "flipped_logvar")
 OPEN_SHARDS = 64
 """Shard files that a process holds mapped at once."""
 
