@@ -20,7 +20,7 @@ namespace vitok {
 enum class PackedType { float32, bfloat16, int8 };
 
 constexpr int64_t kPackedColumns = 64;  // of a panel
-constexpr int64_t kPackedRows = 144;    // of x that a thread holds at once, at the most: instruction sets' tiles divide it
+constexpr int64_t kPackedRows = 256;    // of x that a thread holds at once, at the most
 
 constexpr int64_t packed_elements(PackedType type) {
     return type == PackedType::float32 ? 1 : type == PackedType::bfloat16 ? 2 : 4;

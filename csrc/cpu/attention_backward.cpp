@@ -160,10 +160,10 @@ void pack(const AttentionBackward& g, const Transform& transform_q, const Transf
     const int64_t tokens = g.tokens(), width = g.width(), stride = g.padded_width();
     const int64_t depth = width / Dot::kElements, units = stride / Dot::kElements;
     for (int64_t j = first; j < first + kTokenPadding; j += kPanel) {
-        pack_panel<Dot>(j, tokens, width, head.key_panels + j * depth, head.k_joined, [&](int64_t token, float* to) {
+        pack_panel<Dot>(j, tokens, width, depth, head.key_panels + j * depth, head.k_joined, [&](int64_t token, float* to) {
             transform_k(head_row<T>(g, b, token, 1, h), token, to);
         });
-        pack_panel<Dot>(j, tokens, width, head.value_panels + j * depth, nullptr, [&](int64_t token, float* to) {
+        pack_panel<Dot>(j, tokens, width, depth, head.value_panels + j * depth, nullptr, [&](int64_t token, float* to) {
             widen_row(head_row<T>(g, b, token, 2, h), width, to);
         });
     }

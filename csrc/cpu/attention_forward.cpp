@@ -3,6 +3,7 @@
 // Heads are taken `slots` at a time. First all threads pack their keys and values: k is normalised, rotated and transposed
 // to panels [depth][kPanel], v widened (or, with bf16 dot products, interleaved by pairs of keys). Then all threads share
 // the blocks of queries. Both products run through the same micro-kernel; a block of scores never leaves the first-level cache.
+#include "amx.h"
 #include "attention_rows.h"
 #include "attention_work.h"
 
@@ -10,13 +11,38 @@ namespace vitok {
 namespace VITOK_ISA {
 namespace {
 
-constexpr int64_t kQueries = 48;  // of a work item
-constexpr int64_t kKeys = 384;    // between two updates of the running maxima; a block of scores is 19 KB
-constexpr int64_t kScoreStride = kKeys + 16;
 constexpr float kLowest = -0x1.fffffep127f, kLn2 = 0x1.62e43p-1f;
-static_assert(kKeys % kPanel == 0 && kQueries % kRows == 0, "blocks divide evenly");
-// One number a row, in whole vectors.
-constexpr int kRowVectors = (kRows + kLanes - 1) / kLanes;
+
+// How the work is cut.
+template <bool kTiles>
+struct Cut {
+    static constexpr int kRows = vitok::VITOK_ISA::kRows;  // of a tile of sums
+    static constexpr int64_t kQueries = 48;                // of a work item
+    static constexpr int64_t kKeys = 384;  // between two updates of the running maxima; a block of scores is 19 KB
+    struct Registers {};
+};
+#if defined(VITOK_AMX)
+template <>
+struct Cut<true> {
+    static constexpr int kRows = 2 * kTileRows;
+    static constexpr int64_t kQueries = 64, kKeys = 192;  // a block of scores is 27 KB
+    using Registers = TileRegisters;
+};
+#endif
+
+template <class Dot>
+struct Blocks : Cut<Dot::kTiles> {
+    using Cut<Dot::kTiles>::kRows, Cut<Dot::kTiles>::kQueries, Cut<Dot::kTiles>::kKeys;
+    static_assert(kKeys % kPanel == 0 && kQueries % kRows == 0, "blocks divide evenly");
+    static constexpr int64_t kScoreStride = kKeys + 16;
+    // One number a row, in whole vectors.
+    static constexpr int kNumbers = (kRows + kLanes - 1) / kLanes * kLanes;
+    // Units of a row of q or k that are multiplied: tiles take 16 at a time, and find zeros behind the others.
+    static int64_t depth(int64_t width) {
+        const int64_t units = width / Dot::kElements;
+        return Dot::kTiles ? ceil_div(units, 16) * 16 : units;
+    }
+};
 
 // The packed keys and values of a head.
 template <class Dot>
@@ -25,11 +51,12 @@ struct Head {
     typename Dot::Unit* values;  // [token / kElements][padded width]
 };
 
-// Running state of kRows queries: the largest raw score, the sum of weights lane by lane, and which keys are seen.
+// Running state of a tile's queries: the largest raw score, the sum of weights lane by lane, and which keys are seen.
+template <class Dot>
 struct Rows {
-    float top[kRowVectors * kLanes];
-    Lanes total[kRows];
-    Interval keys[kRows];
+    float top[Blocks<Dot>::kNumbers];
+    Lanes total[Blocks<Dot>::kRows];
+    Interval keys[Blocks<Dot>::kRows];
 };
 
 // v of one panel's keys, zeros past the end.
@@ -39,7 +66,7 @@ void pack_values(const AttentionForward& g, int64_t b, int64_t h, int64_t first,
     const int64_t stride = g.padded_width();
     for (int64_t token = first; token < first + kPanel; ++token) {
         if (token < g.tokens()) {
-            widen_row(head_row<T>(g, b, token, 2, h), g.width(), wide);
+            widen_row(next_head_row<T>(g, b, token, 2, h), g.width(), wide);
         } else {
             zero_row(g.width(), wide);
         }
@@ -47,24 +74,38 @@ void pack_values(const AttentionForward& g, int64_t b, int64_t h, int64_t first,
     }
 }
 
-// Raw scores of kRows queries with the keys from `first` to `last`, both panel-aligned, and each row's largest.
+// Raw scores of a tile's queries with the keys from `first` to `last`, both panel-aligned, and each row's largest.
 template <class Dot>
 VITOK_INLINE void score(const typename Dot::Unit* queries, const Head<Dot>& head, int64_t depth, int64_t first, int64_t last,
-                        float* scores, Lanes (&largest)[kRows]) {
+                        float* scores, Lanes (&largest)[Blocks<Dot>::kRows]) {
+    constexpr int kRows = Blocks<Dot>::kRows;
+    constexpr int64_t kScoreStride = Blocks<Dot>::kScoreStride;
     for (int r = 0; r < kRows; ++r) largest[r] = lanes_set(kLowest);
-    for (int64_t panel = first; panel < last; panel += kPanel) {
-        product<Dot>(queries, head.keys + panel * depth, depth, [&](int r, int column, Lanes sum) {
-            lanes_store(scores + r * kScoreStride + panel - first + column, sum);
-            largest[r] = lanes_max(sum, largest[r]);
-        });
+    if constexpr (Dot::kTiles) {
+#if defined(VITOK_AMX)
+        for (int64_t panel = first; panel < last; panel += kPanel)
+            multiply_tiles<Dot, 2, 2>(queries, kRowStride, head.keys + panel * depth, kPanel, depth / kTileUnits, false,
+                                      scores + panel - first, kScoreStride, [] {});
+        for (int r = 0; r < kRows; ++r)
+            for (int64_t j = 0; j < last - first; j += kLanes)
+                largest[r] = lanes_max(lanes_load(scores + r * kScoreStride + j), largest[r]);
+#endif
+    } else {
+        for (int64_t panel = first; panel < last; panel += kPanel)
+            product<Dot>(queries, head.keys + panel * depth, depth, [&](int r, int column, Lanes sum) {
+                lanes_store(scores + r * kScoreStride + panel - first + column, sum);
+                largest[r] = lanes_max(sum, largest[r]);
+            });
     }
 }
 
 // Takes out the keys that a row does not see.
-__attribute__((noinline)) void mask(const Rows& rows, int64_t first, int64_t last, float* scores, Lanes (&largest)[kRows]) {
+template <class Dot>
+__attribute__((noinline)) void mask(const Rows<Dot>& rows, int64_t first, int64_t last, float* scores,
+                                    Lanes (&largest)[Blocks<Dot>::kRows]) {
     const float lowest = -__builtin_inff();
-    for (int r = 0; r < kRows; ++r) {
-        float* const row = scores + r * kScoreStride;
+    for (int r = 0; r < Blocks<Dot>::kRows; ++r) {
+        float* const row = scores + r * Blocks<Dot>::kScoreStride;
         const int64_t begin = smaller(larger(rows.keys[r].begin, first), last) - first;
         const int64_t end = smaller(larger(rows.keys[r].end, first + begin), last) - first;
         for (int64_t j = 0; j < begin; ++j) row[j] = lowest;
@@ -76,10 +117,11 @@ __attribute__((noinline)) void mask(const Rows& rows, int64_t first, int64_t las
 
 // Scores to weights 2^(scale (score - largest so far)); `correction` brings what was summed so far to the new maximum.
 template <class Dot>
-VITOK_INLINE void soften(Rows& rows, float scale, int64_t n, float* scores, const Lanes (&largest)[kRows],
-                         float (&correction)[kRowVectors * kLanes]) {
+VITOK_INLINE void soften(Rows<Dot>& rows, float scale, int64_t n, float* scores, const Lanes (&largest)[Blocks<Dot>::kRows],
+                         float (&correction)[Blocks<Dot>::kNumbers]) {
+    constexpr int kRows = Blocks<Dot>::kRows;
     const Lanes factor = lanes_set(scale);
-    float top[kRowVectors * kLanes] = {};
+    float top[Blocks<Dot>::kNumbers] = {};
     for (int r = 0; r < kRows; ++r) {
         const float found = largest_lane(largest[r]);
         top[r] = found > rows.top[r] ? found : rows.top[r];
@@ -91,7 +133,7 @@ VITOK_INLINE void soften(Rows& rows, float scale, int64_t n, float* scores, cons
     for (int r = 0; r < kRows; ++r) {
         const Lanes largest_score = lanes_set(top[r]);  // taken off first, so that its own weight is 1 to the last bit
         Lanes total = lanes_set(0.0f);
-        float* const row = scores + r * kScoreStride;
+        float* const row = scores + r * Blocks<Dot>::kScoreStride;
 #pragma GCC unroll 2
         for (int64_t j = 0; j < n; j += Dot::kElements * kLanes) {
             const Lanes low = exp2_weight((lanes_load(row + j) - largest_score) * factor);
@@ -110,58 +152,88 @@ VITOK_INLINE void soften(Rows& rows, float scale, int64_t n, float* scores, cons
     }
 }
 
-// Queries first .. first + kQueries - 1 of one head.
+// What was summed so far, corrected, and the weights times the values of keys from `first` to `last`.
+template <class Dot>
+VITOK_INLINE void gather(const float* scores, const Head<Dot>& head, int64_t first, int64_t last, int64_t stride,
+                         const float* correction, float* out) {
+    using Unit = typename Dot::Unit;
+    constexpr int64_t kScoreStride = Blocks<Dot>::kScoreStride;
+    const Unit* const weights = reinterpret_cast<const Unit*>(scores);
+    const Unit* const values = head.values + first / Dot::kElements * stride;
+    if constexpr (Dot::kTiles) {
+#if defined(VITOK_AMX)
+        for (int r = 0; r < Blocks<Dot>::kRows; ++r)
+            for (int64_t e = 0; e < stride; e += kLanes) {
+                float* const at = out + r * kRowStride + e;
+                lanes_store(at, lanes_load(at) * lanes_set(correction[r]));
+            }
+        const auto columns = [&](auto across, int64_t e) {
+            multiply_tiles<Dot, 2, across.value>(weights, kScoreStride, values + e, stride, (last - first) / (2 * kTileUnits),
+                                                 true, out + e, kRowStride, [] {});
+        };
+        int64_t e = 0;
+        for (; e + 2 * kTileUnits <= stride; e += 2 * kTileUnits) columns(Constant<2>{}, e);
+        if (e < stride) columns(Constant<1>{}, e);
+#endif
+    } else {
+        accumulate<Dot>(weights, kScoreStride, 1, values, stride, (last - first) / Dot::kElements, out, kRowStride,
+                        [&](int r, Lanes sum) { return sum * lanes_set(correction[r]); });
+    }
+}
+
+// Queries start .. start + kQueries - 1 of one head.
 template <class Dot, class T>
 void attend(const AttentionForward& g, const Transform& transform, const Interval* seen, const Head<Dot>& head, int64_t b,
             int64_t h, int64_t start) {
     using Unit = typename Dot::Unit;
+    using B = Blocks<Dot>;
+    constexpr int kRows = B::kRows;
+    constexpr int64_t kQueries = B::kQueries, kKeys = B::kKeys;
     alignas(64) Unit queries[kQueries * kRowStride];
     alignas(64) float out[kQueries * kRowStride];
-    alignas(64) float scores[kRows * kScoreStride];
+    alignas(64) float scores[kRows * B::kScoreStride];
     alignas(64) float wide[kRowStride];
-    Rows rows[kQueries / kRows];
-    const int64_t tokens = g.tokens(), width = g.width(), stride = g.padded_width(), depth = width / Dot::kElements;
+    Rows<Dot> rows[kQueries / kRows];
+    const int64_t tokens = g.tokens(), width = g.width(), stride = g.padded_width(), depth = B::depth(width);
     const int64_t stop = smaller(start + kQueries, tokens);
     const int64_t tiles = ceil_div(stop - start, kRows);
     const float scale = kLog2e / __builtin_sqrtf(static_cast<float>(width));
 
     for (int64_t i = 0; i < tiles * kRows; ++i) {
-        Rows& tile = rows[i / kRows];
+        Rows<Dot>& tile = rows[i / kRows];
         if (i % kRows == 0)
             for (float& top : tile.top) top = kLowest;
         tile.total[i % kRows] = lanes_set(0.0f);
         tile.keys[i % kRows] = seen[smaller(start + i, stop - 1)];  // rows past the end repeat the last one's interval
         if (start + i < stop) {
-            transform(head_row<T>(g, b, start + i, 0, h), start + i, wide);
+            transform(next_head_row<T>(g, b, start + i, 0, h), start + i, wide);
         } else {
             zero_row(width, wide);
         }
         Dot::narrow_row(wide, stride, queries + i * kRowStride);
+        for (int64_t unit = stride / Dot::kElements; unit < depth; ++unit) queries[i * kRowStride + unit] = 0;
         zero_row(width, out + i * kRowStride);
     }
 
     const int64_t end = seen[stop - 1].end;
     for (int64_t block = round_down(seen[start].begin, kKeys); block < end; block += kKeys) {
         for (int64_t t = 0; t < tiles; ++t) {
-            Rows& tile = rows[t];
+            Rows<Dot>& tile = rows[t];
             const int64_t first = larger(block, round_down(tile.keys[0].begin, kPanel));
             const int64_t last = smaller(block + kKeys, ceil_div(tile.keys[kRows - 1].end, kPanel) * kPanel);
             if (first >= last) continue;
             Lanes largest[kRows];
-            float correction[kRowVectors * kLanes];
+            float correction[B::kNumbers];
             score<Dot>(queries + t * kRows * kRowStride, head, depth, first, last, scores, largest);
             if (first < tile.keys[kRows - 1].begin || last > tile.keys[0].end) mask(tile, first, last, scores, largest);
             soften<Dot>(tile, scale, last - first, scores, largest, correction);
-            accumulate<Dot>(reinterpret_cast<const Unit*>(scores), kScoreStride, 1,
-                            head.values + first / Dot::kElements * stride, stride, (last - first) / Dot::kElements,
-                            out + t * kRows * kRowStride, kRowStride,
-                            [&](int r, Lanes sum) { return sum * lanes_set(correction[r]); });
+            gather<Dot>(scores, head, first, last, stride, correction, out + t * kRows * kRowStride);
         }
     }
 
     T* const target = static_cast<T*>(g.out);
     for (int64_t i = start; i < stop; ++i) {
-        const Rows& tile = rows[(i - start) / kRows];
+        const Rows<Dot>& tile = rows[(i - start) / kRows];
         const float total = lanes_sum(tile.total[(i - start) % kRows]);
         const float top = tile.top[(i - start) % kRows];
         const Lanes inverse = lanes_set(total == 0.0f ? 0.0f : 1.0f / total);
@@ -177,6 +249,7 @@ void attend(const AttentionForward& g, const Transform& transform, const Interva
 template <class Dot, class T>
 void forward(const AttentionForward& g) {
     using Unit = typename Dot::Unit;
+    constexpr int64_t kQueries = Blocks<Dot>::kQueries;
     const Scratch scratch(g);
     const int64_t tokens = g.tokens(), heads = g.batch() * g.heads(), slots = smaller(g.slots, heads);
     const int64_t panels = ceil_div(tokens, kPanel), blocks = ceil_div(tokens, kQueries);
@@ -196,6 +269,7 @@ void forward(const AttentionForward& g) {
 #endif
     {
         const Team team = Team::current();
+        [[maybe_unused]] const typename Blocks<Dot>::Registers registers{};
         const Transform transform_q(g, g.q_weight), transform_k(g, g.k_weight);
         const auto head_of = [&](int64_t slot) {
             return Head<Dot>{scratch.matrix<Unit>(g, 2 * slot), scratch.matrix<Unit>(g, 2 * slot + 1)};
@@ -207,9 +281,9 @@ void forward(const AttentionForward& g) {
                 const int64_t slot = piece / panels, first = piece % panels * kPanel;
                 const int64_t b = (wave + slot) / g.heads(), h = (wave + slot) % g.heads();
                 const Head<Dot> head = head_of(slot);
-                const int64_t depth = g.width() / Dot::kElements;
-                pack_panel<Dot>(first, tokens, g.width(), head.keys + first * depth, nullptr, [&](int64_t token, float* to) {
-                    transform_k(head_row<T>(g, b, token, 1, h), token, to);
+                const int64_t depth = Blocks<Dot>::depth(g.width());
+                pack_panel<Dot>(first, tokens, g.width(), depth, head.keys + first * depth, nullptr, [&](int64_t token, float* to) {
+                    transform_k(next_head_row<T>(g, b, token, 1, h), token, to);
                 });
                 pack_values<Dot, T>(g, b, h, first, head.values);
             }
@@ -237,7 +311,7 @@ void attention_forward(const AttentionForward& g) {
     switch (g.dtype) {
         case DType::float16: return forward<Singles, f16>(g);
         case DType::float32: return forward<Singles, float>(g);
-        case DType::bfloat16: return forward<Bfloat16, bf16>(g);
+        case DType::bfloat16: return forward<TiledBfloat16, bf16>(g);
         case DType::float64: return attention_forward_float64(g);
         case DType::uint8: return;
     }

@@ -151,14 +151,14 @@ struct Transform {
 };
 
 // kPanel rows from `first` on, each made by row(token, fp32 buffer) and zero from `tokens` on, as one transposed panel
-// [depth][kPanel]; and joined, as [token / kElements][padded width], unless `joined` is null.
+// [depth][kPanel], zero behind the width; and joined, as [token / kElements][padded width], unless `joined` is null.
 template <class Dot, class Row>
-VITOK_INLINE void pack_panel(int64_t first, int64_t tokens, int64_t width, typename Dot::Unit* panel,
+VITOK_INLINE void pack_panel(int64_t first, int64_t tokens, int64_t width, int64_t depth, typename Dot::Unit* panel,
                              typename Dot::Unit* joined, Row&& row) {
     using Unit = typename Dot::Unit;
     alignas(64) float wide[kRowStride];
     alignas(64) Unit rows[kLanes * kRowStride];
-    const int64_t depth = width / Dot::kElements, stride = padded(width);
+    const int64_t stride = padded(width);
     for (int64_t group = 0; group < kPanel; group += kLanes) {
         for (int64_t i = 0; i < kLanes; ++i) {
             const int64_t token = first + group + i;
@@ -168,6 +168,7 @@ VITOK_INLINE void pack_panel(int64_t first, int64_t tokens, int64_t width, typen
                 zero_row(width, wide);
             }
             Dot::narrow_row(wide, stride, rows + i * kRowStride);
+            for (int64_t unit = stride / Dot::kElements; unit < depth; ++unit) rows[i * kRowStride + unit] = 0;
             if (joined) Dot::join_row(wide, stride, token, joined + token / Dot::kElements * stride);
         }
         transpose_rows(rows, depth, panel + group);

@@ -23,11 +23,6 @@ static_assert(kTokenPadding % kPanel == 0 && kHeadPadding % kLanes == 0, "padded
 // Rows of local buffers are an odd number of cache lines apart, so that a column of them does not fall into one cache set.
 constexpr int64_t kRowStride = kMaxHead + 16;
 
-template <int N>
-struct Constant {
-    static constexpr int value = N;
-};
-
 // Cuts rows of `vectors` vectors into as few and as even groups of at most kWide as possible, and calls
 // fn(constant width, first vector) for each.
 template <class Fn>

@@ -12,6 +12,8 @@ namespace {
 // Below this many products of a query with a key and an element the fork costs more than the threads save.
 constexpr int64_t kParallelProducts = 1 << 17;
 
+constexpr int64_t kAhead = 8;  // rows that are fetched before they are read
+
 VITOK_INLINE int64_t round_down(int64_t a, int64_t step) { return a / step * step; }
 
 // An interval is the keys that a query sees, or in the backward the queries that see a key.
@@ -63,6 +65,16 @@ struct Scratch {
 template <class T>
 VITOK_INLINE const T* head_row(const AttentionInputs& g, int64_t b, int64_t token, int64_t three, int64_t h) {
     return static_cast<const T*>(g.qkv) + b * g.strides[0] + token * g.strides[1] + three * g.strides[2] + h * g.strides[3];
+}
+
+// The same, and the row of a later token is on its way: rows lie too far apart for the processor to see that it will be next.
+template <class T>
+VITOK_INLINE const T* next_head_row(const AttentionInputs& g, int64_t b, int64_t token, int64_t three, int64_t h) {
+    const T* const row = head_row<T>(g, b, token, three, h);
+    const auto later = reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(kAhead * g.strides[1]) * sizeof(T);
+    for (uintptr_t line = 0; line < static_cast<uintptr_t>(g.width()) * sizeof(T); line += 64)
+        __builtin_prefetch(reinterpret_cast<const void*>(later + line));
+    return row;
 }
 
 }  // namespace

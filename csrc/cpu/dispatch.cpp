@@ -6,6 +6,10 @@
 #if defined(VITOK_HAVE_AVX2)
 #include <cpuid.h>
 #endif
+#if defined(VITOK_HAVE_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace vitok {
 namespace {
@@ -29,11 +33,22 @@ bool has_avx512() {
 #if defined(VITOK_HAVE_AVX512_BF16)
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
+#if defined(VITOK_HAVE_AMX)
+// Tiles, their bf16 and their int8 products; and Linux wants to be asked before a process uses them.
+bool has_amx() {
+    constexpr unsigned tiles = 1u << 24, bf16 = 1u << 22, int8 = 1u << 25, wanted = tiles | bf16 | int8;
+    constexpr long ask = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+    return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & wanted) == wanted &&
+           syscall(SYS_arch_prctl, ask, tile_data) == 0;
+}
+#endif
 
 #define VITOK_BASELINE(op, Args) baseline::op,
 #define VITOK_AVX2(op, Args) avx2::op,
 #define VITOK_AVX512(op, Args) avx512::op,
 #define VITOK_AVX512_BF16(op, Args) avx512_bf16::op,
+#define VITOK_AMX(op, Args) amx::op,
 
 const CpuLevel levels[] = {
     {"baseline", always, VITOK_OPS(VITOK_BASELINE) VITOK_CPU_OPS(VITOK_BASELINE)},
@@ -45,6 +60,9 @@ const CpuLevel levels[] = {
 #endif
 #if defined(VITOK_HAVE_AVX512_BF16)
     {"avx512_bf16", has_avx512_bf16, VITOK_OPS(VITOK_AVX512_BF16) VITOK_CPU_OPS(VITOK_AVX512_BF16)},
+#endif
+#if defined(VITOK_HAVE_AMX)
+    {"amx", has_amx, VITOK_OPS(VITOK_AVX512_BF16) VITOK_CPU_OPS(VITOK_AMX)},
 #endif
 };
 

@@ -16,6 +16,9 @@ VITOK_DECLARE_LEVEL(baseline)
 VITOK_DECLARE_LEVEL(avx2)
 VITOK_DECLARE_LEVEL(avx512)
 VITOK_DECLARE_LEVEL(avx512_bf16)
+namespace amx {  // the others are those of avx512_bf16
+VITOK_CPU_OPS(VITOK_DECLARE)
+}
 
 #undef VITOK_DECLARE_LEVEL
 #undef VITOK_DECLARE

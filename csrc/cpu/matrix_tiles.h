@@ -7,6 +7,11 @@ namespace vitok {
 namespace VITOK_ISA {
 namespace {
 
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+
 // Units of 4 bytes are what the micro-kernel broadcasts and what a lane holds: an fp32 number, or a pair of bf16.
 // narrow_row makes units of neighbouring numbers of a row; join_row makes them of the same places of kElements rows, which
 // come one after another: `index` is the row's number. Sum is a vector of sums of their products.
@@ -15,7 +20,7 @@ struct Singles {
     using Vector = Lanes;
     using Sum = Lanes;
     static constexpr int kElements = 1;
-    static constexpr bool kIntegers = false;
+    static constexpr bool kIntegers = false, kTiles = false;
     VITOK_INLINE Vector load(const Unit* from) { return lanes_load(from); }
     VITOK_INLINE Vector broadcast(const Unit* from) { return lanes_set(*from); }
     VITOK_INLINE Vector vector(Lanes units) { return units; }
@@ -32,14 +37,16 @@ struct Pairs {
     using Vector = __m512i;
     using Sum = Lanes;
     static constexpr int kElements = 2;
-    static constexpr bool kIntegers = false;
+    static constexpr bool kIntegers = false, kTiles = false;
     VITOK_INLINE Vector load(const Unit* from) { return _mm512_loadu_si512(from); }
     VITOK_INLINE Vector broadcast(const Unit* from) { return _mm512_set1_epi32(static_cast<int>(*from)); }
     VITOK_INLINE Vector vector(Lanes units) { return _mm512_castps_si512(units); }
     VITOK_INLINE Lanes add(Vector a, Vector b, Lanes sum) { return bf16_dot(sum, a, b); }
     VITOK_INLINE void narrow_row(const float* from, int64_t n, Unit* to) {
-        for (int64_t i = 0; i < n; i += kLanes)
-            lanes_store(reinterpret_cast<bf16*>(to + i / 2), lanes_load(from + i));
+        int64_t i = 0;
+        for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+            _mm512_storeu_si512(to + i / 2, bf16_round(lanes_load(from + i), lanes_load(from + i + kLanes)));
+        if (i < n) lanes_store(reinterpret_cast<bf16*>(to + i / 2), lanes_load(from + i));
     }
     VITOK_INLINE void join_row(const float* from, int64_t n, int64_t index, Unit* to) {
         for (int64_t i = 0; i < n; i += kLanes) {

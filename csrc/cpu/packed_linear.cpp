@@ -15,15 +15,13 @@ namespace vitok {
 namespace VITOK_ISA {
 namespace {
 
-// A tile of sums has kRows rows of kWide vectors. Wide ones: fewest instructions, one broadcast unit serves more.
+// A tile of sums has rows of kWide vectors. Wide ones: fewest instructions, one broadcast unit serves more.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 6, kWide = 4;
+constexpr int kWide = 4;
 #else
-constexpr int kRows = 6, kWide = 2;
+constexpr int kWide = 2;
 #endif
-constexpr int64_t kSummed = 256;     // products in one fp32 sum: the roundings of longer ones grow with their length
-constexpr int64_t kPart = 3 * kSummed;  // steps through a row or a panel that stay in the cache: of 144 rows, 442 KB
-static_assert(kPackedRows % kRows == 0 && kPart % 4 == 0 && kPackedColumns % (kWide * kLanes) == 0, "tiles divide blocks and panels");
+static_assert(kPackedColumns % (kWide * kLanes) == 0, "tiles divide panels");
 static_assert(kPackedColumns / 2 % kLanes == 0, "vectors divide the halves of a gated panel");
 
 // The units of a panel, which is made of `units` of its own: in `room` where they are not as they were packed.
@@ -61,38 +59,113 @@ VITOK_INLINE const uint32_t* open_panel(Words, PackedType, const void* panel, in
     return room;
 }
 
-// The tile becomes, or if `add` is increased by, kRows rows, `stride` apart, times `depth` steps of a panel, as fp32.
-template <class Dot>
-__attribute__((noinline)) void multiply_tile(const typename Dot::Unit* rows, int64_t stride, const typename Dot::Unit* panel,
-                                             int64_t depth, const int32_t* sums, bool add, float* tile) {
-    const int64_t step = Dot::kIntegers ? larger(depth, 1) : kSummed;
-    for (int64_t c = 0; c < kPackedColumns; c += kWide * kLanes) {
-        int64_t k = 0;
-        do {
-            typename Dot::Sum sum[kRows][kWide];
-#pragma GCC unroll 4
-            for (int w = 0; w < kWide; ++w) {
-                typename Dot::Sum start{};
-                if constexpr (Dot::kIntegers) {
-                    memcpy(&start, sums + c + w * kLanes, sizeof start);
-                    start *= -Dot::kOffset;
-                }
-#pragma GCC unroll 12
-                for (int r = 0; r < kRows; ++r) sum[r][w] = start;
-            }
-            multiply<Dot>(rows + k, stride, 1, panel + k * kPackedColumns + c, kPackedColumns, smaller(step, depth - k), sum);
-#pragma GCC unroll 12
-            for (int r = 0; r < kRows; ++r)
+// A part of a panel, and the tiles of sums that its products with rows give. kRows rows are of a tile, kBlock of a block; of
+// kPart steps through both the second cache holds a block and a panel.
+template <class Dot, bool kTiles = Dot::kTiles>
+class Product {
+  public:
+    static constexpr int kRows = 6;
+    static constexpr int64_t kSummed = 256;  // products in one fp32 sum: the roundings of longer ones grow with their length
+    static constexpr int64_t kBlock = 144, kPart = 3 * kSummed;
+
+    void open(const typename Dot::Unit* panel, int64_t steps, int64_t, const int32_t* sums, typename Dot::Unit*) {
+        panel_ = panel, steps_ = steps, sums_ = sums;
+    }
+
+    // The tile becomes, or if `add` is increased by, kRows rows, `stride` apart, times the panel, as fp32.
+    __attribute__((noinline)) void fill(const typename Dot::Unit* rows, int64_t stride, int64_t, bool add, float* tile) const {
+        const int64_t step = Dot::kIntegers ? larger(steps_, 1) : kSummed;
+        for (int64_t c = 0; c < kPackedColumns; c += kWide * kLanes) {
+            int64_t k = 0;
+            do {
+                typename Dot::Sum sum[kRows][kWide];
 #pragma GCC unroll 4
                 for (int w = 0; w < kWide; ++w) {
-                    float* const to = tile + r * kPackedColumns + c + w * kLanes;
-                    if constexpr (Dot::kIntegers) lanes_store(to, __builtin_convertvector(sum[r][w], Lanes));
-                    else lanes_store(to, add || k > 0 ? lanes_load(to) + sum[r][w] : sum[r][w]);
+                    typename Dot::Sum start{};
+                    if constexpr (Dot::kIntegers) {
+                        memcpy(&start, sums_ + c + w * kLanes, sizeof start);
+                        start *= -Dot::kOffset;
+                    }
+#pragma GCC unroll 12
+                    for (int r = 0; r < kRows; ++r) sum[r][w] = start;
                 }
-            k += step;
-        } while (k < depth);
+                multiply<Dot>(rows + k, stride, 1, panel_ + k * kPackedColumns + c, kPackedColumns,
+                              smaller(step, steps_ - k), sum);
+#pragma GCC unroll 12
+                for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+                    for (int w = 0; w < kWide; ++w) {
+                        float* const to = tile + r * kPackedColumns + c + w * kLanes;
+                        if constexpr (Dot::kIntegers) lanes_store(to, __builtin_convertvector(sum[r][w], Lanes));
+                        else lanes_store(to, add || k > 0 ? lanes_load(to) + sum[r][w] : sum[r][w]);
+                    }
+                k += step;
+            } while (k < steps_);
+        }
     }
-}
+
+  private:
+    const typename Dot::Unit* panel_;
+    int64_t steps_;
+    const int32_t* sums_;
+};
+
+#if defined(VITOK_AMX)
+// By AMX: in its own registers, 16 steps at a time.
+template <class Dot>
+class Product<Dot, true> {
+  public:
+    static constexpr int kRows = 2 * kTileRows;
+    static constexpr int64_t kBlock = 256, kPart = 1024;
+
+    // The last steps, where they do not fill a tile, go to `room` with zeros behind them. While `rows` rows are multiplied what
+    // follows the panel comes into the second cache.
+    void open(const uint32_t* panel, int64_t steps, int64_t rows, const int32_t*, uint32_t* room) {
+        panel_ = panel, whole_ = steps / kTileUnits, end_ = nullptr;
+        next_ = reinterpret_cast<uintptr_t>(panel + steps * kPackedColumns);
+        lines_ = ceil_div(kTileUnits * kPackedColumns * 4 / 64, ceil_div(rows, kRows) * (kPackedColumns / (2 * kTileUnits)));
+        const int64_t rest = (steps - whole_ * kTileUnits) * kPackedColumns, size = kTileUnits * kPackedColumns;
+        if (rest == 0) return;
+        end_ = room;
+        memcpy(room, panel + whole_ * size, static_cast<size_t>(rest) * sizeof *room);
+        memset(room + rest, 0, static_cast<size_t>(size - rest) * sizeof *room);
+    }
+
+    // Of `wanted` rows, which may be fewer than kRows.
+    void fill(const uint32_t* rows, int64_t stride, int64_t wanted, bool add, float* tile) {
+        if (wanted > kTileRows) fill_rows<2>(rows, stride, add, tile);
+        else fill_rows<1>(rows, stride, add, tile);
+    }
+
+  private:
+    template <int kDown>
+    __attribute__((noinline)) void fill_rows(const uint32_t* rows, int64_t stride, bool add, float* tile) {
+        uintptr_t next = next_;
+        const auto fetch = [&, lines = lines_]() __attribute__((always_inline)) {
+            for (int64_t line = 0; line < lines; ++line, next += 64)
+                __builtin_prefetch(reinterpret_cast<const void*>(next), 0, 2);
+        };
+        for (int64_t c = 0; c < kPackedColumns; c += 2 * kTileUnits) {
+            multiply_tiles<Dot, kDown, 2>(rows, stride, panel_ + c, kPackedColumns, whole_, add, tile + c, kPackedColumns, fetch);
+            if (end_)
+                multiply_tiles<Dot, kDown, 2>(rows + whole_ * kTileUnits, stride, end_ + c, kPackedColumns, 1, true, tile + c,
+                                              kPackedColumns, fetch);
+        }
+        next_ = next;
+        if constexpr (Dot::kIntegers) {
+            for (int64_t i = 0; i < kDown * kTileRows * kPackedColumns; i += kLanes)
+                lanes_store(tile + i, __builtin_convertvector(lanes_bits(lanes_load(tile + i)), Lanes));
+        }
+    }
+
+    const TileRegisters registers_;
+    const uint32_t* panel_;
+    int64_t whole_;
+    const uint32_t* end_;
+    uintptr_t next_;  // to be fetched, and how many lines of it in a step
+    int64_t lines_;
+};
+#endif
 
 // A row of a tile on its way out, all of it or its first `count` columns; absent are null.
 template <int kGate, bool kWhole, class T>
@@ -134,20 +207,33 @@ void finish_tile(const PackedLinear& a, int64_t first, int64_t rows, int64_t pan
     else each_row(finish_row<kGate, false, T>);
 }
 
-// What one thread does: groups of kRows rows with panels.
+// The lines that a tile will be written to, on their way while it is multiplied.
+template <class T>
+VITOK_INLINE void fetch_tile(const PackedLinear& a, int64_t first, int64_t rows, int64_t panel) {
+    const int64_t most = a.gate ? kPackedColumns / 2 : kPackedColumns;
+    const auto* const to = static_cast<const T*>(a.out) + first * a.out_stride + panel * most;
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t byte = 0; byte < most * static_cast<int64_t>(sizeof(T)); byte += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(to + r * a.out_stride) + byte, 1);
+}
+
+// What one thread does: groups of a tile's rows with panels.
 template <class Dot, class T>
 void work(const PackedLinear& a, Interval groups, Interval panels, typename Dot::Unit* scratch) {
     using Unit = typename Dot::Unit;
+    constexpr int64_t kRows = Product<Dot>::kRows, kBlock = Product<Dot>::kBlock, kPart = Product<Dot>::kPart;
+    static_assert(kBlock <= kPackedRows && kBlock % kRows == 0, "tiles divide a block, and scratch has room for it");
     const PackedShape shape = a.shape();
     const int64_t each = packed_elements(shape.type) / Dot::kElements;  // steps that a packed unit makes
     const int64_t depth = shape.units() * each, stride = packed_row_stride(depth);
-    const int64_t blocks = ceil_div(groups.end - groups.begin, kPackedRows / kRows);
+    const int64_t blocks = ceil_div(groups.end - groups.begin, kBlock / kRows);
     Unit* const room = scratch + kPackedRows * stride;
     float* const wide = reinterpret_cast<float*>(room + kPackedColumns * stride);
     float* const sums = wide + packed_row_stride(a.inner);
     const auto finish = a.gate == 0 ? finish_tile<0, T> : a.gate == 1 ? finish_tile<1, T> : finish_tile<2, T>;
     const int64_t part = Dot::kIntegers ? depth : smaller(kPart, depth);  // integers are small, and their sums whole
-    float scales[kPackedRows];
+    float scales[kBlock];
+    Product<Dot> product;
 
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t begin = groups.begin + (groups.end - groups.begin) * block / blocks;
@@ -162,13 +248,13 @@ void work(const PackedLinear& a, Interval groups, Interval panels, typename Dot:
             const bool last = k + steps == depth;
             for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
                 const char* const packed = static_cast<const char*>(a.weight) + panel * shape.panel_bytes();
-                const Unit* const units =
-                    open_panel(Dot{}, shape.type, packed + k / each * kPackedColumns * 4, steps / each, room);
+                product.open(open_panel(Dot{}, shape.type, packed + k / each * kPackedColumns * 4, steps / each, room), steps, rows,
+                             a.sums ? a.sums + panel * kPackedColumns : nullptr, room);
                 for (int64_t row = 0; row < rows; row += kRows) {
                     // Where one part is all, every tile may have the same place.
                     float* const tile = sums + (part == depth ? 0 : (panel - panels.begin) * kPackedRows + row) * kPackedColumns;
-                    multiply_tile<Dot>(scratch + row * stride + k, stride, units, steps,
-                                       Dot::kIntegers ? a.sums + panel * kPackedColumns : nullptr, k > 0, tile);
+                    if (last) fetch_tile<T>(a, first + row, smaller(kRows, rows - row), panel);
+                    product.fill(scratch + row * stride + k, stride, rows - row, k > 0, tile);
                     if (last) finish(a, first + row, smaller(kRows, rows - row), panel, tile, scales + row);
                 }
             }
@@ -179,7 +265,7 @@ void work(const PackedLinear& a, Interval groups, Interval panels, typename Dot:
 
 template <class Dot, class T>
 void forward(const PackedLinear& a) {
-    const int64_t groups = ceil_div(a.rows, kRows), panels = a.shape().panels();
+    const int64_t groups = ceil_div(a.rows, int64_t{Product<Dot>::kRows}), panels = a.shape().panels();
     // Threads share the groups and, where these are few, the panels: as evenly as can be, with a group's own cost that of a panel.
     int64_t shares = 1, least = INT64_MAX;
     for (int64_t n = 1; n <= a.threads; ++n) {
@@ -204,13 +290,15 @@ void forward(const PackedLinear& a) {
 
 template <class T>
 void forward(const PackedLinear& a) {
-#if defined(__AVX512F__)
+#if defined(VITOK_AMX)
+    if (a.weight_dtype == PackedType::int8) return forward<TileBytes, T>(a);
+#elif defined(__AVX512F__)
     if (a.weight_dtype == PackedType::int8 && Quads::usable()) return forward<Quads, T>(a);
 #endif
     if (a.weight_dtype == PackedType::int8) return forward<Words, T>(a);
     // A product of bf16 with other rows than of bf16 would round them.
     if constexpr (sizeof(T) == sizeof(bf16)) {
-        if (a.weight_dtype == PackedType::bfloat16 && a.dtype == DType::bfloat16) return forward<Bfloat16, T>(a);
+        if (a.weight_dtype == PackedType::bfloat16 && a.dtype == DType::bfloat16) return forward<TiledBfloat16, T>(a);
     }
     forward<Singles, T>(a);
 }

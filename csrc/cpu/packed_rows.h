@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../common/packed_linear.h"
-#include "matrix_tiles.h"
+#include "amx.h"
 
 namespace vitok {
 namespace VITOK_ISA {
@@ -29,7 +29,7 @@ struct Words {
     using Vector = IntLanes;
     using Sum = IntLanes;
     static constexpr int kElements = 2;
-    static constexpr bool kIntegers = true;
+    static constexpr bool kIntegers = true, kTiles = false;
     static constexpr int32_t kOffset = 0;  // what a row's numbers are larger by
     VITOK_INLINE Vector load(const Unit* from) {
         Vector x;
@@ -58,6 +58,14 @@ struct Words {
 };
 
 #if defined(__AVX512F__)
+// Rounded to bytes, larger by an offset.
+VITOK_INLINE void quantise_bytes(const float* from, int64_t n, float factor, int32_t offset, uint32_t* to) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const IntLanes q = lanes_nearest(lanes_load(from + i) * factor) ^ offset;
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i / 4), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(q)));
+    }
+}
+
 // Quads are four bytes, unsigned those of a row, by VNNI's vpdpbusd. As assembly, because only machines with `Quads::usable`
 // have it, and an intrinsic would want the whole loop around it to be compiled for those.
 struct Quads {
@@ -65,7 +73,7 @@ struct Quads {
     using Vector = __m512i;
     using Sum = IntLanes;
     static constexpr int kElements = 4;
-    static constexpr bool kIntegers = true;
+    static constexpr bool kIntegers = true, kTiles = false;
     static constexpr int32_t kOffset = 128;
     static bool usable() { return __builtin_cpu_supports("avx512vnni"); }
     VITOK_INLINE Vector load(const Unit* from) { return _mm512_loadu_si512(from); }
@@ -75,10 +83,24 @@ struct Quads {
         return sum;
     }
     VITOK_INLINE void quantise(const float* from, int64_t n, float factor, Unit* to) {
-        for (int64_t i = 0; i < n; i += kLanes) {
-            const IntLanes q = lanes_nearest(lanes_load(from + i) * factor) ^ kOffset;
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i / 4), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(q)));
-        }
+        quantise_bytes(from, n, factor, kOffset, to);
+    }
+};
+#endif
+
+#if defined(VITOK_AMX)
+// Four bytes, both operands signed.
+struct TileBytes {
+    using Unit = uint32_t;
+    using Sum = IntLanes;
+    static constexpr int kElements = 4;
+    static constexpr bool kIntegers = true, kTiles = true;
+    template <int kSum, int kA, int kB>
+    VITOK_INLINE void add_tiles() {
+        tile_add_bytes<kSum, kA, kB>();
+    }
+    VITOK_INLINE void quantise(const float* from, int64_t n, float factor, Unit* to) {
+        quantise_bytes(from, n, factor, 0, to);
     }
 };
 #endif
@@ -140,6 +162,13 @@ template <class Dot, class T>
 VITOK_INLINE float make_row(const PackedLinear& a, int64_t row, float* wide, typename Dot::Unit* to) {
     const T* const from = static_cast<const T*>(a.x) + row * a.x_stride;
     const int64_t padded = ceil_div(a.inner, 64) * 64;
+    if constexpr (Dot::kElements == 2 && !Dot::kIntegers && sizeof(T) == sizeof(bf16)) {
+        if (a.norm == 0) {  // the pairs as they are
+            memcpy(to, from, static_cast<size_t>(a.inner) * sizeof(T));
+            memset(reinterpret_cast<T*>(to) + a.inner, 0, static_cast<size_t>(padded - a.inner) * sizeof(T));
+            return 1.0f;
+        }
+    }
     if constexpr (Dot::kElements == 1) wide = to;
     const auto widen = a.norm == 0 ? widen_row<0, T> : a.norm == 1 ? widen_row<1, T> : widen_row<2, T>;
     const Scaling scaling = widen(from, a.inner, static_cast<float>(a.eps), wide);

@@ -32,11 +32,17 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: _poison(new_empty(*args, **kwargs)))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(["-DVITOK_EMULATE_BF16"], id="pairs"),
+        pytest.param(["-DVITOK_EMULATE_BF16", "-DVITOK_EMULATE_AMX"], id="tiles"),
+    ],
+)
 def compile_emulating(
-    tmp_path_factory: pytest.TempPathFactory, usable_isas: Sequence[str]
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, usable_isas: Sequence[str]
 ) -> Callable[[str, Sequence[Path]], ctypes.CDLL]:
-    """Makes a library of a source and CPU kernels, in which bf16 dot products are emulated by AVX-512."""
+    """Makes a library of a source and CPU kernels, in which AVX-512 emulates dot products of bf16, or AMX as well."""
     sources = Path(__file__).parents[2] / "csrc"
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or "avx512" not in usable_isas or not sources.is_dir():
@@ -48,7 +54,7 @@ def compile_emulating(
         subprocess.run(
             [
                 compiler, "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-mavx2", "-mfma", "-mf16c",
-                "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-DVITOK_EMULATE_BF16", "-DVITOK_ISA=avx512",
+                "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *request.param, "-DVITOK_ISA=avx512",
                 f"-I{sources}", "emulated.cpp", *map(str, kernels), "-o", "emulated.so",
             ],
             cwd=folder, check=True, timeout=600,

@@ -458,7 +458,7 @@ def emulated_library(compile_emulating):
 
 @pytest.fixture
 def emulated(emulated_library, monkeypatch):
-    """`run` calls the kernels with bf16 dot products emulated."""
+    """`run` calls the kernels with bf16 dot products emulated, those of the forward by tiles too."""
     dtypes = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
 
     def call(name, like, *values):
@@ -474,7 +474,7 @@ def emulated(emulated_library, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("mask", [None, *MASKS])
 @pytest.mark.parametrize(("length", "width"), [(1, 64), (5, 8), (65, 72), (130, 128), (420, 64), (420, 40), (70, 256)])
-def test_bf16_dot_products_emulated(emulated, length, width, mask, judge):
+def test_emulated(emulated, length, width, mask, judge):
     masks = MASKS[mask] if mask else {}
     if "cu_seqlens" in masks and length < 420:
         masks = {"cu_seqlens": masks["cu_seqlens"].clamp(max=length)}

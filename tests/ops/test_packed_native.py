@@ -110,7 +110,7 @@ def compare(judge, isa, dtype, packed, rows, inner, columns, norm, gate, bias, r
     found = native.run(x, made, columns, packed, norm=norm, gate=gate, residual=others if out is None else out, out=out)
     assert found is out or out is None
     arguments = (weight, offsets, expected, packed, norm, gate)
-    rounded = isa == "avx512_bf16" and dtype == packed == torch.bfloat16 and norm is not None
+    rounded = isa in ("avx512_bf16", "amx") and dtype == packed == torch.bfloat16 and norm is not None
     baseline = formula(x.float(), *arguments, rounded=rounded).to(dtype)
     oracle = formula(x.double(), *arguments)
     # Terms of a few units that cancel leave their roundings; a normalised number between two integers may go to either.
@@ -372,8 +372,10 @@ def emulated_library(compile_emulating):
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_bf16_dot_products_emulated(emulated_library, monkeypatch, case, judge):
-    numbers = {"dtype": {"bfloat16": 2}, "weight_dtype": {"bfloat16": 1}}
+@pytest.mark.parametrize("packed", [torch.bfloat16, torch.int8], ids=str)
+def test_emulated(emulated_library, monkeypatch, packed, case, judge):
+    """bf16 products of pairs, and of tiles as those of integers."""
+    numbers = {"dtype": {"bfloat16": 2}, "weight_dtype": {"bfloat16": 1, "int8": 2}}
     run = _native.run
 
     def call(kernel, like, *values):
@@ -385,4 +387,4 @@ def test_bf16_dot_products_emulated(emulated_library, monkeypatch, case, judge):
         emulated_library.packed_linear(ctypes.byref(arguments))
 
     monkeypatch.setattr(_native, "run", call)
-    compare(judge, "avx512_bf16", torch.bfloat16, torch.bfloat16, *case)
+    compare(judge, "avx512_bf16", torch.bfloat16, packed, *case)

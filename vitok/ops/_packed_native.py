@@ -16,7 +16,7 @@ from vitok import _native
 from vitok.ops._tensors import address, as_rows
 
 ELEMENTS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # that lie side by side in a column of a panel
-COLUMNS, ROWS = 64, 144  # as csrc/common/packed_linear.h has them
+COLUMNS, ROWS = 64, 256  # as csrc/common/packed_linear.h has them
 MAX_INT8_INNER = 2**17  # so many products of bytes fit an int32
 NORMS = {None: 0, "rms": 1, "layer": 2}
 GATES = {None: 0, "silu": 1, "gelu": 2}

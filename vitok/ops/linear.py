@@ -20,7 +20,7 @@ from vitok.ops._tensors import check_float
 
 _LIBRARY = _native.library()
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
-_EMULATED = _LIBRARY is not None and _X86 and _LIBRARY.cpu_isa() != "avx512_bf16"
+_EMULATED = _LIBRARY is not None and _X86 and _LIBRARY.cpu_isa() not in ("avx512_bf16", "amx")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
