@@ -40,13 +40,13 @@ template <int kSum, int kA, int kB>
 VITOK_INLINE void tile_add_pairs() {
     for (int r = 0; r < kTileRows; ++r)
         for (int c = 0; c < kTileUnits; ++c) {
-            float sum = bits_float(emulated_tiles[kSum][r][c]);
+            float even = 0.0f, odd = 0.0f;
             for (int k = 0; k < kTileUnits; ++k) {
                 const uint32_t a = emulated_tiles[kA][r][k], b = emulated_tiles[kB][k][c];
-                sum += bits_float(a << 16) * bits_float(b << 16);
-                sum += bits_float(a & 0xffff0000u) * bits_float(b & 0xffff0000u);
+                even = __builtin_fmaf(bits_float(a << 16), bits_float(b << 16), even);
+                odd = __builtin_fmaf(bits_float(a & 0xffff0000u), bits_float(b & 0xffff0000u), odd);
             }
-            emulated_tiles[kSum][r][c] = float_bits(sum);
+            emulated_tiles[kSum][r][c] = float_bits(bits_float(emulated_tiles[kSum][r][c]) + (even + odd));
         }
 }
 template <int kSum, int kA, int kB>
@@ -142,6 +142,12 @@ VITOK_INLINE void multiply_tiles(const typename Dot::Unit* a, int64_t a_stride, 
 
 using TiledBfloat16 = TilePairs;
 
+// What a thread that uses them has to hold.
+template <bool kTiles>
+struct Registers {};
+template <>
+struct Registers<true> : TileRegisters {};
+
 }  // namespace
 }  // namespace VITOK_ISA
 }  // namespace vitok
@@ -153,6 +159,9 @@ namespace VITOK_ISA {
 namespace {
 
 using TiledBfloat16 = Bfloat16;
+
+template <bool kTiles>
+struct Registers {};
 
 }  // namespace
 }  // namespace VITOK_ISA

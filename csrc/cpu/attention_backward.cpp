@@ -26,10 +26,7 @@ constexpr int64_t common_multiple(int64_t a, int64_t b) {
     while (multiple % b != 0) multiple += a;
     return multiple;
 }
-// Ranges of keys end at multiples of this: whole panels, and whole rows of sums.
-constexpr int64_t kStep = common_multiple(kPanel, kRows);
-static_assert(kKeys % kStep == 0 && kQueries % kRows == 0 && kTokenPadding % kKeys == 0 && kTokenPadding % kQueries == 0,
-              "blocks divide evenly");
+static_assert(kTokenPadding % kKeys == 0 && kTokenPadding % kQueries == 0, "blocks divide evenly");
 
 // A head's matrices in the scratch.
 template <class Dot>
@@ -47,6 +44,10 @@ struct Head {
 template <class Dot>
 struct Blocks {
     using Unit = typename Dot::Unit;
+    static constexpr int kRows = kRowsOf<Dot>;
+    // Ranges of keys end at multiples of this: whole panels, and whole rows of sums.
+    static constexpr int64_t kStep = common_multiple(kPanel, kRows);
+    static_assert(kKeys % kStep == 0 && kQueries % kRows == 0, "tiles divide blocks evenly");
     static_assert(kRows % Dot::kElements == 0, "no pair of queries lies in two tiles");
     alignas(64) Unit q[kQueries * kRowStride];
     alignas(64) Unit grad[kQueries * kRowStride];
@@ -59,8 +60,25 @@ struct Blocks {
 template <class Dot, bool Turned>
 __attribute__((noinline)) void add_product(const typename Dot::Unit* a, const typename Dot::Unit* b, int64_t depth,
                                            int64_t stride, float* out) {
-    constexpr int64_t row = Turned ? 1 : kBlockStride, step = Turned ? kBlockStride : 1;
-    accumulate<Dot>(a, row, step, b, stride, depth, out, stride, [](int, Lanes sum) { return sum; });
+    const auto add = [&](const typename Dot::Unit* rows, int64_t row, int64_t step) __attribute__((always_inline)) {
+        accumulate<Dot>(rows, row, step, b, stride, depth, out, stride, [](int, Lanes sum) { return sum; });
+    };
+    if constexpr (!Turned) {
+        add(a, kBlockStride, 1);
+    } else if constexpr (!Dot::kTiles) {
+        add(a, 1, kBlockStride);
+    } else {  // AMX reads rows
+        constexpr int64_t between = kQueries / Dot::kElements + 16;
+        alignas(64) typename Dot::Unit rows[kRowsOf<Dot> * between];
+        for (int64_t k = 0; k < depth; k += kLanes)
+            for (int64_t r = 0; r < kRowsOf<Dot>; r += kLanes) {
+                Lanes x[kLanes];
+                for (int i = 0; i < kLanes; ++i) x[i] = lanes_load(reinterpret_cast<const float*>(a + (k + i) * kBlockStride + r));
+                turn(x);
+                for (int i = 0; i < kLanes; ++i) lanes_store(reinterpret_cast<float*>(rows + (r + i) * between + k), x[i]);
+            }
+        add(rows, between, 1);
+    }
 }
 
 // Queries start .. start + kQueries - 1 with keys block .. block + kKeys - 1: adds to dq, or to dk and dv, or to all three.
@@ -68,8 +86,8 @@ template <class Dot>
 void pair(const AttentionBackward& g, const Interval* seen, const Head<Dot>& head, int64_t start, int64_t block, bool want_q,
           bool want_kv, Blocks<Dot>& local) {
     using Unit = typename Dot::Unit;
-    constexpr int64_t each = Dot::kElements;
-    const int64_t depth = g.width() / each, stride = g.padded_width(), units = stride / each;
+    constexpr int64_t each = Dot::kElements, kRows = Blocks<Dot>::kRows, kStep = Blocks<Dot>::kStep;
+    const int64_t depth = depth_of<Dot>(g.width()), stride = g.padded_width(), units = stride / each;
     const int64_t stop = smaller(start + kQueries, g.tokens()), tiles = ceil_div(stop - start, kRows);
     const int64_t first = larger(block, round_down(seen[start].begin, kStep));
     const int64_t last = smaller(block + kKeys, ceil_div(seen[stop - 1].end, kStep) * kStep);
@@ -79,6 +97,7 @@ void pair(const AttentionBackward& g, const Interval* seen, const Head<Dot>& hea
     for (int64_t i = 0; i < tiles * kRows; ++i) {
         memcpy(local.q + i * kRowStride, head.q + (start + i) * units, static_cast<size_t>(units) * sizeof(Unit));
         memcpy(local.grad + i * kRowStride, head.grad + (start + i) * units, static_cast<size_t>(units) * sizeof(Unit));
+        for (int64_t unit = units; unit < depth; ++unit) local.q[i * kRowStride + unit] = local.grad[i * kRowStride + unit] = 0;
     }
     for (int64_t t = 0; t < tiles * kRows; t += kRows) {
         float *weights = local.tiles[0], *scores = local.tiles[1];
@@ -88,18 +107,16 @@ void pair(const AttentionBackward& g, const Interval* seen, const Head<Dot>& hea
         }
         const float* const lse = head.lse + start + t;
         const float* const delta = head.delta + start + t;
-        for (int64_t j = first; j < last; j += kPanel) {
-            const Unit* const keys = head.key_panels + j * depth;
-            const Unit* const values = head.value_panels + j * depth;
-            product<Dot>(local.q + t * kRowStride, keys, depth, [&](int r, int column, Lanes sum) {
-                const Lanes weight = exp2_weight(lanes_fma(sum, scale_log2, lanes_set(-lse[r])));
-                lanes_store(weights + r * kBlockStride + j - first + column, weight);
-            });
-            product<Dot>(local.grad + t * kRowStride, values, depth, [&](int r, int column, Lanes sum) {
-                const int64_t at = r * kBlockStride + j - first + column;
-                lanes_store(scores + at, (sum - lanes_set(delta[r])) * scale * lanes_load(weights + at));
-            });
-        }
+        product<Dot>(local.q + t * kRowStride, head.key_panels + first * depth, depth, last - first, weights, kBlockStride,
+                     [&](int r, int64_t column, Lanes sum) __attribute__((always_inline)) {
+                         const Lanes weight = exp2_weight(lanes_fma(sum, scale_log2, lanes_set(-lse[r])));
+                         lanes_store(weights + r * kBlockStride + column, weight);
+                     });
+        product<Dot>(local.grad + t * kRowStride, head.value_panels + first * depth, depth, last - first, scores, kBlockStride,
+                     [&](int r, int64_t column, Lanes sum) __attribute__((always_inline)) {
+                         const int64_t at = r * kBlockStride + column;
+                         lanes_store(scores + at, (sum - lanes_set(delta[r])) * scale * lanes_load(weights + at));
+                     });
         const int64_t final = smaller(start + t + kRows, stop) - 1;
         if (first < seen[final].begin || last > seen[start + t].end) {
             for (int64_t r = 0; r < kRows; ++r) {
@@ -125,7 +142,7 @@ void pair(const AttentionBackward& g, const Interval* seen, const Head<Dot>& hea
                                     (last - first) / each, stride, head.dq + (start + t) * stride);
     }
     if (!want_kv) return;
-    const int64_t queries = ceil_div(stop - start, each), from = start / each * stride;
+    const int64_t queries = (Dot::kTiles ? tiles * kRows : ceil_div(stop - start, each) * each) / each, from = start / each * stride;
     for (int64_t j = first; j < last; j += kRows) {
         add_product<Dot, true>(local.weights + j - first, head.grad_joined + from, queries, stride, head.dv + j * stride);
         add_product<Dot, true>(local.scores + j - first, head.q_joined + from, queries, stride, head.dk + j * stride);
@@ -137,6 +154,16 @@ void pair(const AttentionBackward& g, const Interval* seen, const Head<Dot>& hea
 template <class Dot>
 VITOK_INLINE Lanes row_products(const typename Dot::Unit* a, const typename Dot::Unit* b, int64_t depth) {
     Lanes sum = lanes_set(0.0f);
+    if constexpr (Dot::kTiles) {
+#if defined(VITOK_AMX)
+        alignas(64) typename Dot::Unit columns[kMaxHead / Dot::kElements * kLanes];
+        alignas(64) float products[kTileRows * kLanes];
+        turn_rows(b, depth, columns, kLanes);
+        multiply_tiles<Dot, 1, 1>(a, kRowStride, columns, kLanes, depth / kTileUnits, false, products, kLanes, [] {});
+        for (int r = 0; r < kLanes; ++r) sum[r] = products[r * kLanes + r];
+        return sum;
+#endif
+    }
     for (int64_t e = 0; e < depth; e += kLanes) {
         Lanes x[kLanes], y[kLanes];
         for (int r = 0; r < kLanes; ++r) {
@@ -158,13 +185,13 @@ void pack(const AttentionBackward& g, const Transform& transform_q, const Transf
           int64_t b, int64_t h, int64_t first) {
     using Unit = typename Dot::Unit;
     const int64_t tokens = g.tokens(), width = g.width(), stride = g.padded_width();
-    const int64_t depth = width / Dot::kElements, units = stride / Dot::kElements;
+    const int64_t depth = depth_of<Dot>(width), units = stride / Dot::kElements;
     for (int64_t j = first; j < first + kTokenPadding; j += kPanel) {
         pack_panel<Dot>(j, tokens, width, depth, head.key_panels + j * depth, head.k_joined, [&](int64_t token, float* to) {
-            transform_k(head_row<T>(g, b, token, 1, h), token, to);
+            transform_k(next_head_row<T>(g, b, token, 1, h), token, to);
         });
         pack_panel<Dot>(j, tokens, width, depth, head.value_panels + j * depth, nullptr, [&](int64_t token, float* to) {
-            widen_row(head_row<T>(g, b, token, 2, h), width, to);
+            widen_row(next_head_row<T>(g, b, token, 2, h), width, to);
         });
     }
     alignas(64) float q[kRowStride], grad[kRowStride], out[kRowStride];
@@ -175,7 +202,7 @@ void pack(const AttentionBackward& g, const Transform& transform_q, const Transf
         zero_row(width, head.dv + i * stride);
         head.lse[i] = kHighest;  // of a row that sees no key: its weights are 0
         if (i < tokens) {
-            transform_q(head_row<T>(g, b, i, 0, h), i, q);
+            transform_q(next_head_row<T>(g, b, i, 0, h), i, q);
             const T* const from = static_cast<const T*>(g.grad);
             widen_row(from + b * g.grad_strides[0] + i * g.grad_strides[1] + h * g.grad_strides[2], width, grad);
             widen_row(static_cast<const T*>(g.out) + ((b * tokens + i) * g.heads() + h) * width, width, out);
@@ -195,6 +222,7 @@ void pack(const AttentionBackward& g, const Transform& transform_q, const Transf
         }
         Dot::narrow_row(grad, stride, grads + place);
         Dot::narrow_row(out, stride, outs + place);
+        for (int64_t unit = units; unit < depth; ++unit) grads[place + unit] = outs[place + unit] = 0;
         if ((i + 1) % kLanes == 0) lanes_store(head.delta + i + 1 - kLanes, row_products<Dot>(grads, outs, depth));
     }
 }
@@ -268,6 +296,7 @@ void backward(const AttentionBackward& g) {
 #endif
     {
         const Team team = Team::current();
+        [[maybe_unused]] const Registers<Dot::kTiles> registers;
         const Transform transform_q(g, g.q_weight), transform_k(g, g.k_weight);
         Blocks<Dot> local;
         const auto head_of = [&](int64_t slot) {
@@ -331,7 +360,7 @@ void attention_backward(const AttentionBackward& g) {
     switch (g.dtype) {
         case DType::float16: return backward<Singles, f16>(g);
         case DType::float32: return backward<Singles, float>(g);
-        case DType::bfloat16: return backward<Bfloat16, bf16>(g);
+        case DType::bfloat16: return backward<TiledBfloat16, bf16>(g);
         case DType::float64: return attention_backward_float64(g);
         case DType::uint8: return;
     }

@@ -3,7 +3,6 @@
 // Heads are taken `slots` at a time. First all threads pack their keys and values: k is normalised, rotated and transposed
 // to panels [depth][kPanel], v widened (or, with bf16 dot products, interleaved by pairs of keys). Then all threads share
 // the blocks of queries. Both products run through the same micro-kernel; a block of scores never leaves the first-level cache.
-#include "amx.h"
 #include "attention_rows.h"
 #include "attention_work.h"
 
@@ -13,35 +12,15 @@ namespace {
 
 constexpr float kLowest = -0x1.fffffep127f, kLn2 = 0x1.62e43p-1f;
 
-// How the work is cut.
-template <bool kTiles>
-struct Cut {
-    static constexpr int kRows = vitok::VITOK_ISA::kRows;  // of a tile of sums
-    static constexpr int64_t kQueries = 48;                // of a work item
-    static constexpr int64_t kKeys = 384;  // between two updates of the running maxima; a block of scores is 19 KB
-    struct Registers {};
-};
-#if defined(VITOK_AMX)
-template <>
-struct Cut<true> {
-    static constexpr int kRows = 2 * kTileRows;
-    static constexpr int64_t kQueries = 64, kKeys = 192;  // a block of scores is 27 KB
-    using Registers = TileRegisters;
-};
-#endif
-
+// How the work is cut: queries of a work item, and keys between two updates of the running maxima.
 template <class Dot>
-struct Blocks : Cut<Dot::kTiles> {
-    using Cut<Dot::kTiles>::kRows, Cut<Dot::kTiles>::kQueries, Cut<Dot::kTiles>::kKeys;
-    static_assert(kKeys % kPanel == 0 && kQueries % kRows == 0, "blocks divide evenly");
+struct Blocks {
+    static constexpr int kRows = kRowsOf<Dot>;
+    static constexpr int64_t kQueries = Dot::kTiles ? 64 : 48;
+    static constexpr int64_t kKeys = Dot::kTiles ? 192 : 384;  // a block of scores is 27 KB or 19 KB
     static constexpr int64_t kScoreStride = kKeys + 16;
-    // One number a row, in whole vectors.
-    static constexpr int kNumbers = (kRows + kLanes - 1) / kLanes * kLanes;
-    // Units of a row of q or k that are multiplied: tiles take 16 at a time, and find zeros behind the others.
-    static int64_t depth(int64_t width) {
-        const int64_t units = width / Dot::kElements;
-        return Dot::kTiles ? ceil_div(units, 16) * 16 : units;
-    }
+    static constexpr int kNumbers = (kRows + kLanes - 1) / kLanes * kLanes;  // one a row, in whole vectors
+    static_assert(kKeys % kPanel == 0 && kQueries % kRows == 0, "blocks divide evenly");
 };
 
 // The packed keys and values of a head.
@@ -78,25 +57,13 @@ void pack_values(const AttentionForward& g, int64_t b, int64_t h, int64_t first,
 template <class Dot>
 VITOK_INLINE void score(const typename Dot::Unit* queries, const Head<Dot>& head, int64_t depth, int64_t first, int64_t last,
                         float* scores, Lanes (&largest)[Blocks<Dot>::kRows]) {
-    constexpr int kRows = Blocks<Dot>::kRows;
     constexpr int64_t kScoreStride = Blocks<Dot>::kScoreStride;
-    for (int r = 0; r < kRows; ++r) largest[r] = lanes_set(kLowest);
-    if constexpr (Dot::kTiles) {
-#if defined(VITOK_AMX)
-        for (int64_t panel = first; panel < last; panel += kPanel)
-            multiply_tiles<Dot, 2, 2>(queries, kRowStride, head.keys + panel * depth, kPanel, depth / kTileUnits, false,
-                                      scores + panel - first, kScoreStride, [] {});
-        for (int r = 0; r < kRows; ++r)
-            for (int64_t j = 0; j < last - first; j += kLanes)
-                largest[r] = lanes_max(lanes_load(scores + r * kScoreStride + j), largest[r]);
-#endif
-    } else {
-        for (int64_t panel = first; panel < last; panel += kPanel)
-            product<Dot>(queries, head.keys + panel * depth, depth, [&](int r, int column, Lanes sum) {
-                lanes_store(scores + r * kScoreStride + panel - first + column, sum);
-                largest[r] = lanes_max(sum, largest[r]);
-            });
-    }
+    for (Lanes& row : largest) row = lanes_set(kLowest);
+    product<Dot>(queries, head.keys + first * depth, depth, last - first, scores, kScoreStride,
+                 [&](int r, int64_t column, Lanes sum) __attribute__((always_inline)) {
+                     lanes_store(scores + r * kScoreStride + column, sum);
+                     largest[r] = lanes_max(sum, largest[r]);
+                 });
 }
 
 // Takes out the keys that a row does not see.
@@ -152,35 +119,6 @@ VITOK_INLINE void soften(Rows<Dot>& rows, float scale, int64_t n, float* scores,
     }
 }
 
-// What was summed so far, corrected, and the weights times the values of keys from `first` to `last`.
-template <class Dot>
-VITOK_INLINE void gather(const float* scores, const Head<Dot>& head, int64_t first, int64_t last, int64_t stride,
-                         const float* correction, float* out) {
-    using Unit = typename Dot::Unit;
-    constexpr int64_t kScoreStride = Blocks<Dot>::kScoreStride;
-    const Unit* const weights = reinterpret_cast<const Unit*>(scores);
-    const Unit* const values = head.values + first / Dot::kElements * stride;
-    if constexpr (Dot::kTiles) {
-#if defined(VITOK_AMX)
-        for (int r = 0; r < Blocks<Dot>::kRows; ++r)
-            for (int64_t e = 0; e < stride; e += kLanes) {
-                float* const at = out + r * kRowStride + e;
-                lanes_store(at, lanes_load(at) * lanes_set(correction[r]));
-            }
-        const auto columns = [&](auto across, int64_t e) {
-            multiply_tiles<Dot, 2, across.value>(weights, kScoreStride, values + e, stride, (last - first) / (2 * kTileUnits),
-                                                 true, out + e, kRowStride, [] {});
-        };
-        int64_t e = 0;
-        for (; e + 2 * kTileUnits <= stride; e += 2 * kTileUnits) columns(Constant<2>{}, e);
-        if (e < stride) columns(Constant<1>{}, e);
-#endif
-    } else {
-        accumulate<Dot>(weights, kScoreStride, 1, values, stride, (last - first) / Dot::kElements, out, kRowStride,
-                        [&](int r, Lanes sum) { return sum * lanes_set(correction[r]); });
-    }
-}
-
 // Queries start .. start + kQueries - 1 of one head.
 template <class Dot, class T>
 void attend(const AttentionForward& g, const Transform& transform, const Interval* seen, const Head<Dot>& head, int64_t b,
@@ -194,7 +132,7 @@ void attend(const AttentionForward& g, const Transform& transform, const Interva
     alignas(64) float scores[kRows * B::kScoreStride];
     alignas(64) float wide[kRowStride];
     Rows<Dot> rows[kQueries / kRows];
-    const int64_t tokens = g.tokens(), width = g.width(), stride = g.padded_width(), depth = B::depth(width);
+    const int64_t tokens = g.tokens(), width = g.width(), stride = g.padded_width(), depth = depth_of<Dot>(width);
     const int64_t stop = smaller(start + kQueries, tokens);
     const int64_t tiles = ceil_div(stop - start, kRows);
     const float scale = kLog2e / __builtin_sqrtf(static_cast<float>(width));
@@ -227,7 +165,10 @@ void attend(const AttentionForward& g, const Transform& transform, const Interva
             score<Dot>(queries + t * kRows * kRowStride, head, depth, first, last, scores, largest);
             if (first < tile.keys[kRows - 1].begin || last > tile.keys[0].end) mask(tile, first, last, scores, largest);
             soften<Dot>(tile, scale, last - first, scores, largest, correction);
-            gather<Dot>(scores, head, first, last, stride, correction, out + t * kRows * kRowStride);
+            accumulate<Dot>(reinterpret_cast<const Unit*>(scores), B::kScoreStride, 1,
+                            head.values + first / Dot::kElements * stride, stride, (last - first) / Dot::kElements,
+                            out + t * kRows * kRowStride, kRowStride,
+                            [&](int r, Lanes sum) __attribute__((always_inline)) { return sum * lanes_set(correction[r]); });
         }
     }
 
@@ -269,7 +210,7 @@ void forward(const AttentionForward& g) {
 #endif
     {
         const Team team = Team::current();
-        [[maybe_unused]] const typename Blocks<Dot>::Registers registers{};
+        [[maybe_unused]] const Registers<Dot::kTiles> registers;
         const Transform transform_q(g, g.q_weight), transform_k(g, g.k_weight);
         const auto head_of = [&](int64_t slot) {
             return Head<Dot>{scratch.matrix<Unit>(g, 2 * slot), scratch.matrix<Unit>(g, 2 * slot + 1)};
@@ -281,7 +222,7 @@ void forward(const AttentionForward& g) {
                 const int64_t slot = piece / panels, first = piece % panels * kPanel;
                 const int64_t b = (wave + slot) / g.heads(), h = (wave + slot) % g.heads();
                 const Head<Dot> head = head_of(slot);
-                const int64_t depth = Blocks<Dot>::depth(g.width());
+                const int64_t depth = depth_of<Dot>(g.width());
                 pack_panel<Dot>(first, tokens, g.width(), depth, head.keys + first * depth, nullptr, [&](int64_t token, float* to) {
                     transform_k(next_head_row<T>(g, b, token, 1, h), token, to);
                 });

@@ -43,15 +43,15 @@ VITOK_INLINE void turn(Lanes (&x)[kLanes]) {
 }
 #endif
 
-// kLanes rows of `depth` units, kRowStride apart and readable up to whole vectors, to columns that are kPanel apart.
+// kLanes rows of `depth` units, kRowStride apart and readable up to whole vectors, to columns that are `between` apart.
 template <class Unit>
-VITOK_INLINE void transpose_rows(const Unit* rows, int64_t depth, Unit* to) {
+VITOK_INLINE void turn_rows(const Unit* rows, int64_t depth, Unit* to, int64_t between) {
     for (int64_t d = 0; d < depth; d += kLanes) {
         Lanes x[kLanes];
         for (int i = 0; i < kLanes; ++i) x[i] = lanes_load(reinterpret_cast<const float*>(rows + i * kRowStride + d));
         turn(x);
         const int64_t columns = depth - d < kLanes ? depth - d : kLanes;
-        for (int j = 0; j < columns; ++j) lanes_store(reinterpret_cast<float*>(to + (d + j) * kPanel), x[j]);
+        for (int j = 0; j < columns; ++j) lanes_store(reinterpret_cast<float*>(to + (d + j) * between), x[j]);
     }
 }
 
@@ -171,7 +171,7 @@ VITOK_INLINE void pack_panel(int64_t first, int64_t tokens, int64_t width, int64
             for (int64_t unit = stride / Dot::kElements; unit < depth; ++unit) rows[i * kRowStride + unit] = 0;
             if (joined) Dot::join_row(wide, stride, token, joined + token / Dot::kElements * stride);
         }
-        transpose_rows(rows, depth, panel + group);
+        turn_rows(rows, depth, panel + group, kPanel);
     }
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../common/attention.h"
-#include "matrix_tiles.h"
+#include "amx.h"
 
 namespace vitok {
 namespace VITOK_ISA {
@@ -19,6 +19,17 @@ constexpr int kRows = 6, kWide = 2;
 constexpr int kPanel = kWide * kLanes;  // keys that lie side by side in a packed, transposed matrix
 
 static_assert(kTokenPadding % kPanel == 0 && kHeadPadding % kLanes == 0, "padded matrices divide into panels and vectors");
+
+// Rows of a tile of sums where they are of Dot: those of AMX are squares of panels.
+template <class Dot>
+constexpr int kRowsOf = Dot::kTiles ? kPanel : kRows;
+
+// Units of a row of q or k that are multiplied: AMX takes 16 at a time, and finds zeros behind the others.
+template <class Dot>
+VITOK_INLINE int64_t depth_of(int64_t width) {
+    const int64_t units = width / Dot::kElements;
+    return Dot::kTiles ? ceil_div(units, 16) * 16 : units;
+}
 
 // Rows of local buffers are an odd number of cache lines apart, so that a column of them does not fall into one cache set.
 constexpr int64_t kRowStride = kMaxHead + 16;
@@ -43,41 +54,70 @@ VITOK_INLINE void for_groups(int64_t vectors, Fn&& fn) {
     }
 }
 
-// kRows rows of `a`, kRowStride apart, against the kPanel columns of a panel: hands every vector of products to
-// store(row, its first column, products).
+// A tile's rows of `a`, kRowStride apart, against `columns` columns of transposed panels: hands every vector of products to
+// store(row, its first column, products). `sums`, whose rows are `stride` apart, are room for them.
 template <class Dot, class Store>
-VITOK_INLINE void product(const typename Dot::Unit* a, const typename Dot::Unit* panel, int64_t depth, Store&& store) {
-    Lanes sum[kRows][kWide];
+VITOK_INLINE void product(const typename Dot::Unit* a, const typename Dot::Unit* panels, int64_t depth, int64_t columns,
+                          [[maybe_unused]] float* sums, [[maybe_unused]] int64_t stride, Store&& store) {
+    if constexpr (Dot::kTiles) {
+#if defined(VITOK_AMX)
+        for (int64_t panel = 0; panel < columns; panel += kPanel)
+            multiply_tiles<Dot, 2, 2>(a, kRowStride, panels + panel * depth, kPanel, depth / kTileUnits, false, sums + panel,
+                                      stride, [] {});
+        for (int r = 0; r < kRowsOf<Dot>; ++r)
+            for (int64_t j = 0; j < columns; j += kLanes) store(r, j, lanes_load(sums + r * stride + j));
+#endif
+    } else {
+        for (int64_t panel = 0; panel < columns; panel += kPanel) {
+            Lanes sum[kRows][kWide];
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r)
+            for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-        for (int w = 0; w < kWide; ++w) sum[r][w] = lanes_set(0.0f);
-    multiply<Dot>(a, kRowStride, 1, panel, kPanel, depth, sum);
+                for (int w = 0; w < kWide; ++w) sum[r][w] = lanes_set(0.0f);
+            multiply<Dot>(a, kRowStride, 1, panels + panel * depth, kPanel, depth, sum);
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r)
+            for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-        for (int w = 0; w < kWide; ++w) store(r, w * kLanes, sum[r][w]);
+                for (int w = 0; w < kWide; ++w) store(r, panel + w * kLanes, sum[r][w]);
+        }
+    }
 }
 
-// kRows rows of `out` become begin(row, what they were) + a . b; a as in multiply, b of rows of b_step units, which is the
-// padded width.
-template <class Dot, class Begin>
+// A tile's rows of `out` become scale(row, what they were) + a . b; a as in multiply, b of rows of b_step units, which is the
+// padded width. AMX wants a whole number of 16 steps, each beside the one before it.
+template <class Dot, class Scale>
 VITOK_INLINE void accumulate(const typename Dot::Unit* a, int64_t row, int64_t step, const typename Dot::Unit* b,
-                             int64_t b_step, int64_t depth, float* out, int64_t out_stride, Begin&& begin) {
-    for_groups(b_step / kLanes, [&](auto constant, int64_t vector) {
-        constexpr int W = decltype(constant)::value;
-        float* const to = out + vector * kLanes;
-        Lanes sum[kRows][W];
+                             int64_t b_step, int64_t depth, float* out, int64_t out_stride, Scale&& scale) {
+    if constexpr (Dot::kTiles) {
+#if defined(VITOK_AMX)
+        for (int r = 0; r < kRowsOf<Dot>; ++r)
+            for (int64_t e = 0; e < b_step; e += kLanes) {
+                float* const at = out + r * out_stride + e;
+                lanes_store(at, scale(r, lanes_load(at)));
+            }
+        const auto columns = [&](auto across, int64_t e) __attribute__((always_inline)) {
+            multiply_tiles<Dot, 2, across.value>(a, row, b + e, b_step, depth / kTileUnits, true, out + e, out_stride, [] {});
+        };
+        int64_t e = 0;
+        for (; e + 2 * kTileUnits <= b_step; e += 2 * kTileUnits) columns(Constant<2>{}, e);
+        if (e < b_step) columns(Constant<1>{}, e);
+#endif
+    } else {
+        for_groups(b_step / kLanes, [&](auto constant, int64_t vector) {
+            constexpr int W = decltype(constant)::value;
+            float* const to = out + vector * kLanes;
+            Lanes sum[kRows][W];
 #pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r)
+            for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-            for (int w = 0; w < W; ++w) sum[r][w] = begin(r, lanes_load(to + r * out_stride + w * kLanes));
-        multiply<Dot>(a, row, step, b + vector * kLanes, b_step, depth, sum);
+                for (int w = 0; w < W; ++w) sum[r][w] = scale(r, lanes_load(to + r * out_stride + w * kLanes));
+            multiply<Dot>(a, row, step, b + vector * kLanes, b_step, depth, sum);
 #pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r)
+            for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-            for (int w = 0; w < W; ++w) lanes_store(to + r * out_stride + w * kLanes, sum[r][w]);
-    });
+                for (int w = 0; w < W; ++w) lanes_store(to + r * out_stride + w * kLanes, sum[r][w]);
+        });
+    }
 }
 
 constexpr float kLog2e = 0x1.715476p0f;
