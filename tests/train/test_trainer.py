@@ -146,6 +146,27 @@ def test_a_longer_run_goes_on_from_a_shorter_one(config):
     finished.run(lambda step, metrics: pytest.fail("there is nothing left to do"))
 
 
+@pytest.mark.parametrize("save_every", [2, 100], ids=["stale", "missing"])
+def test_a_run_that_ended_after_its_last_checkpoint_exports_when_started_again(config, monkeypatch, save_every):
+    whole, cut = (config(name, steps=4, save_every=save_every) for name in ("whole", "cut"))
+    Trainer(whole).run()
+    run, save = Trainer(cut), vitok.ViTok.save
+
+    def fail(model: vitok.ViTok, path: Path) -> None:
+        if run.step == 4:
+            raise RuntimeError("power cut")
+        save(model, path)
+
+    monkeypatch.setattr(vitok.ViTok, "save", fail)
+    with pytest.raises(RuntimeError):
+        run.run()
+    assert checkpoints.newest(run.out).name == "state-00000004"
+    monkeypatch.undo()
+    Trainer(cut).run(lambda step, metrics: pytest.fail("there is nothing left to do"))
+    for name in ("model/model.safetensors", "model/config.json", "reconstructions/00000004.png"):
+        assert (run.out / name).read_bytes() == (Path(whole.out) / name).read_bytes()
+
+
 def test_a_crash_between_checkpoints_repeats_the_lost_steps(config, state_of):
     whole, parts = (config(name, save_every=2, log_every=1) for name in ("whole", "parts"))
     Trainer(whole).run()

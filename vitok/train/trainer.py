@@ -126,6 +126,9 @@ class Trainer:
             raise InputError(f"cannot make the run directory {self.out}: {error.strerror}") from error
         with Records(self.config, self.step, self.ranks.rank) as records, _stop_requests() as stopped:
             steps, pace = range(self.step, self.config.steps), Pace()
+            if not steps:  # whatever ended the run after its last checkpoint may have kept these from being written
+                self._export()
+                records.show(self.step, self.data, self.reconstruct)
             batches = self.data.stream(steps, self.config.workers)
             for step in steps:
                 begun = time.perf_counter()
@@ -258,8 +261,12 @@ class Trainer:
         return 2.0 * ((1 if self.frozen else 3) * one.encoder_macs + 3 * one.decoder_macs)
 
     def save(self) -> None:
-        """Write the averaged model and the checkpoint to resume from."""
+        """Write the checkpoint to resume from, then the averaged model."""
         checkpoints.write_step(self.out, self.step, self._tensors(), {"run": self._identity()})
+        self._export()
+
+    def _export(self) -> None:
+        """Write the averaged model, from all ranks together."""
         weights = {key: whole(value).cpu() for key, value in self.average.state_dict().items()}
         if self.ranks.rank > 0:
             return
