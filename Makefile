@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0 triton==3.7.1
 BIN := .venv/bin
 STAMP := .venv/installed
 # One process a core, whole files to each, so that what a file sets up once is set up once.
-PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --max-worker-restart 0
 RESULTS := --out benchmarks/results
 KERNELS := benchmarks/results/kernel-resources.json
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
