@@ -248,6 +248,23 @@ def test_a_run_of_another_configuration_is_not_continued(config, one_sentence):
     assert Trainer(config(steps=9, save_every=3, workers=1)).step == 1, "these may change"
 
 
+def test_a_run_goes_on_in_the_precision_that_it_began_with(config, monkeypatch, one_sentence):
+    def on_a_machine(bf16: bool, precision: str = "auto") -> Trainer:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+        return Trainer(config(steps=1, precision=precision))
+
+    run = on_a_machine(bf16=True)
+    assert run.dtype == torch.bfloat16
+    run.run()
+    for precision in ("auto", "bf16"):
+        again = on_a_machine(False, precision)
+        assert again.step == 1 and again.dtype == torch.bfloat16, "never another one in silence"
+    with pytest.raises(InputError) as error:
+        on_a_machine(True, "fp32")
+    one_sentence(error.value, "holds a run in bf16", "'precision'", "got 'fp32'")
+
+
 def test_damaged_checkpoints(config, one_sentence):
     settings = config(steps=1)
     Trainer(settings).run()

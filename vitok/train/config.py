@@ -112,7 +112,8 @@ class TrainConfig:
     ema: float = 0.999
     """Decay of the averaged weights, which are the ones exported."""
     precision: str = "auto"
-    """"bf16" (autocast), "fp32", or "auto": bf16 where the hardware multiplies it natively."""
+    """"bf16" (autocast), "fp32", or "auto": bf16 where the hardware multiplies it natively. A run
+    goes on in what it began with."""
     optimizer: str = "torch"
     """AdamW in one kernel: "torch", or "apex" where that package is installed."""
     compile: bool = False

@@ -63,8 +63,15 @@ class Trainer:
         torch.manual_seed(config.seed)
         found = checkpoints.newest(self.out)
         about = checkpoints.read_about(found) if found else {}
-        if found and about.get("run") != self._identity():
+        kept = about.get("precision")
+        self.precision: str = kept or _precision(config.precision, self.device, self.ranks)
+        if found and about.get("run") != self._identity(kept or config.precision):
             raise InputError(f"{self.out} holds a run with another configuration; choose another `out` or remove it")
+        if config.precision not in ("auto", self.precision):
+            raise InputError(
+                f"{self.out} holds a run in {kept}, which training field 'precision' must name or leave at auto, got "
+                f"{config.precision!r}"
+            )
         self.model = create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides)
         if not found:
             self._start()
@@ -90,7 +97,7 @@ class Trainer:
             "perceptual": config.eta,
             "adversarial": config.adversarial_weight,
         }
-        bf16 = _use_bf16(config.precision, self.device)
+        bf16 = self.precision == "bf16"
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.step = 0
@@ -230,7 +237,7 @@ class Trainer:
             found = f"the loss ({loss:g}) or its gradient ({norm:g}) is not finite at step {step}"
             try:
                 pixels = {f"batch.{self.ranks.rank}": batch.pixels}
-                checkpoints.write(self.out / FAILED, self._tensors() | pixels, {"run": self._identity()})
+                checkpoints.write(self.out / FAILED, self._tensors() | pixels, self._about())
                 kept = f"{self.out / FAILED} holds the state and this batch"
             except InputError as error:
                 kept = str(error)
@@ -262,7 +269,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint to resume from, then the averaged model."""
-        checkpoints.write_step(self.out, self.step, self._tensors(), {"run": self._identity()})
+        checkpoints.write_step(self.out, self.step, self._tensors(), self._about())
         self._export()
 
     def _export(self) -> None:
@@ -315,9 +322,13 @@ class Trainer:
         """By the names of what they train."""
         return {"model": self.optimizer} | ({"adversary": self.adversary_optimizer} if self.adversary else {})
 
-    def _identity(self) -> str:
+    def _about(self) -> dict[str, str]:
+        """What a checkpoint says of its run."""
+        return {"run": self._identity(self.precision), "precision": self.precision}
+
+    def _identity(self, precision: str) -> str:
         """What must be equal for a run to go on: everything but how long it is, where it lives and how it is fed."""
-        fields = dataclasses.asdict(self.config)
+        fields = dataclasses.asdict(self.config) | {"precision": precision}
         if isinstance(data := fields.pop("data"), tuple):
             fields["mixture"] = [{**part, "path": ""} for part in data]
         for name in HOW:
@@ -340,14 +351,19 @@ def _batches(config: TrainConfig, ranks: Ranks | None = None) -> Batches:
     )  # fmt: skip
 
 
-def _use_bf16(precision: str, device: torch.device) -> bool:
-    if precision != "auto":
-        return precision == "bf16"
+def _precision(wanted: str, device: torch.device, ranks: Ranks) -> str:
+    """What a run begins in, "bf16" or "fp32"; "auto" is what suits the first rank's device."""
+    if wanted != "auto":
+        return wanted
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return (
-        device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
-    )
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = (
+            device.type == "cpu"
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            and torch.cpu._is_avx512_bf16_supported()
+        )
+    return ranks.gathered(["bf16" if native else "fp32"])[0]
 
 
 class _stop_requests:
