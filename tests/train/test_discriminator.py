@@ -76,6 +76,8 @@ def test_lecam_by_hand():
     adversary.fake_logit.fill_(-0.4)
     loss = adversary(flat(0.25), flat(0.1))  # logits 0.5 and 0.2
     assert loss.item() == pytest.approx(0.5 + 1.2 + 0.5 * (0.9**2 + 0.4**2))
+    assert adversary.real_logit.item() == pytest.approx(0.6), "they move when the step is done"
+    adversary.move_averages()
     assert adversary.real_logit.item() == pytest.approx(0.6 * 0.999 + 0.5 * 0.001)
     assert adversary.fake_logit.item() == pytest.approx(-0.4 * 0.999 + 0.2 * 0.001)
     assert {"real_logit", "fake_logit"} < adversary.state_dict().keys()

@@ -423,8 +423,6 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(second_stage, vgg_hed, stage)
         if stage == 2:
             metrics["adversarial"] = -run.adversary.discriminator(fakes).mean().item()
             metrics["discriminator"] = run.adversary(target, fakes).item()
-            run.adversary.real_logit.zero_()
-            run.adversary.fake_logit.zero_()
     found = run.train_step(batch, 0)
     assert found["perceptual"] == pytest.approx(distance, rel=1e-4)
     for name, value in metrics.items():
@@ -448,6 +446,16 @@ def test_the_decoder_learns_from_the_discriminator(second_stage):
         run = Trainer(second_stage(f"run{weight}", steps=20, **changes))
         run.run(lambda step, metrics, weight=weight: last.__setitem__(weight, metrics["adversarial"]))
     assert last[5.0] < last[0.0] - 0.05
+
+
+def test_a_batch_in_parts_is_the_batch_with_lecam_too(second_stage):
+    changes = {"perceptual": "none", "lecam_weight": 10.0, "learning_rate": 1e-5, "discriminator_learning_rate": 1e-5}
+    found = []
+    for parts in (1, 2):
+        run, losses = Trainer(second_stage(f"parts{parts}", accumulate=parts, **changes)), list[float]()
+        run.run(lambda step, metrics, losses=losses: losses.append(metrics["discriminator"]))
+        found.append([*losses, run.adversary.real_logit.item(), run.adversary.fake_logit.item()])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_the_discriminator_has_a_warm_up_of_its_own(second_stage):

@@ -92,6 +92,7 @@ class Adversary(nn.Module):
         self.discriminator, self.lecam_weight = discriminator, lecam_weight
         self.register_buffer("real_logit", torch.zeros(()))
         self.register_buffer("fake_logit", torch.zeros(()))
+        self._means: list[Tensor] = []  # of real and of fake logits, in each part of the step's batch
 
     def against(self, fakes: Tensor) -> Tensor:
         """Scalar loss of whoever made the pictures [B, 3, H, W]: minus their mean logit. Only they get a gradient."""
@@ -101,7 +102,7 @@ class Adversary(nn.Module):
         return -logits.mean()
 
     def forward(self, reals: Tensor, fakes: Tensor) -> Tensor:
-        """Scalar loss of the discriminator on pictures [B, 3, H, W]; only it gets a gradient. Moves the averages.
+        """Scalar loss of the discriminator on pictures [B, 3, H, W]; only it gets a gradient.
 
         Hinge: mean max(0, 1 - real logit) + mean max(0, 1 + fake logit). LeCam holds each kind's logits to the other
         kind's average so far: mean max(0, real - fake average)^2 + mean max(0, real average - fake)^2.
@@ -111,10 +112,17 @@ class Adversary(nn.Module):
         if self.lecam_weight:
             lecam = F.relu(real - self.fake_logit).square().mean() + F.relu(self.real_logit - fake).square().mean()
             loss = loss + self.lecam_weight * lecam
-            with torch.no_grad():
-                self.real_logit.lerp_(mean_over_ranks(real.mean()), 1 - LECAM_DECAY)
-                self.fake_logit.lerp_(mean_over_ranks(fake.mean()), 1 - LECAM_DECAY)
+            self._means.append(torch.stack([real.mean(), fake.mean()]).detach())
         return loss
+
+    @torch.no_grad()
+    def move_averages(self) -> None:
+        """Once a step: move the averages of logits towards the means over its batch, of all parts and ranks."""
+        if self._means:
+            real, fake = mean_over_ranks(torch.stack(self._means).mean(0))
+            self.real_logit.lerp_(real, 1 - LECAM_DECAY)
+            self.fake_logit.lerp_(fake, 1 - LECAM_DECAY)
+            self._means.clear()
 
 
 def _channels(size: int, width: int) -> int:

@@ -191,6 +191,7 @@ class Trainer:
             )
             self._clip(self.adversary_optimizer, its_rate, metrics["discriminator"], batch, step)
             self.adversary_optimizer.step()
+            self.adversary.move_averages()
         self.optimizer.step()
         self._update_average(step)
         return metrics | {"grad_norm": norm, "lr": rate}
