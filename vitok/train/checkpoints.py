@@ -25,20 +25,22 @@ from vitok.io.files import flush_folder
 from vitok.parallel import Ranks
 
 FORMAT = 1
-ABOUT, PREFIX, PARTIAL = "checkpoint.json", "state-", ".partial"
+ABOUT, PREFIX, PARTIAL, REPLACED = "checkpoint.json", "state-", ".partial", ".replaced"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Make the directory `path`, on all ranks together; InputError when it cannot be written.
 
     Args:
-        path: a kill at any moment leaves what was there, or the new one whole.
+        path: a kill at any moment leaves what was there, or the new one whole; between the two, for the moment of a
+            rename, what was there is called `path`.replaced, where `newest` finds it.
         tensors: names mean the same on all ranks; DTensors, or on every rank the same tensor.
         about: JSON values that `read_about` gives back.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-    ranks, partial = Ranks.current(), path.with_name(path.name + PARTIAL)
+    ranks = Ranks.current()
+    partial, replaced = (path.with_name(path.name + suffix) for suffix in (PARTIAL, REPLACED))
     with _failures(f"cannot write the checkpoint {path}"):
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -51,9 +53,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
                 json.dump({"format": FORMAT, **about}, file)
                 file.flush()
                 os.fsync(file.fileno())
-            shutil.rmtree(path, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                path.rename(replaced)
             partial.rename(path)
             flush_folder(path.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
         ranks.wait()
 
 
@@ -70,7 +75,7 @@ def write_step(folder: Path, step: int, tensors: Mapping[str, Tensor], about: Ma
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the latest step that was written whole, or None."""
     found = (path for path in folder.glob(f"{PREFIX}*") if path.suffix != PARTIAL)
-    return max(found, key=lambda path: path.name, default=None)
+    return max(found, key=lambda path: (path.stem, path.suffix != REPLACED), default=None)
 
 
 def read_about(path: Path) -> dict[str, Any]:
