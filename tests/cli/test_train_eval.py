@@ -230,8 +230,8 @@ def test_a_loss_that_is_not_finite(vitok, run, tmp_path):
     result = vitok("train", run, f"init={tmp_path / 'broken'}")
     assert result.code == 2 and result.out == "" and "Traceback" not in result.err
     error = result.err.splitlines()[-1]
-    assert re.search(r"^error: the loss .*not finite at step 0; lower learning_rate or check the data: ._.\.png", error)
-    saved = re.search(r"; (\S+) holds the state and this batch$", error)
+    assert re.search(r"^error: the loss .*not finite at step 1; lower learning_rate or check the data: ._.\.png", error)
+    saved = re.search(r"; (\S+) holds the state and this batch, its file names in checkpoint.json$", error)
     assert saved and os.path.exists(saved[1]), error
 
 

@@ -367,7 +367,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run_without_touching_the_weights
     with pytest.raises(InputError) as error:
         run.train_step(batch, 4)
     saved = run.out / "failed"
-    one_sentence(error.value, "not finite at step 4", "picture_", str(saved))
+    one_sentence(error.value, "not finite at step 5", "picture_", f"{saved} holds", "names in checkpoint.json")
+    about = json.loads((saved / "checkpoint.json").read_text())
+    assert about["names"] == list(batch.names) and about["step"] == 5
     assert torch.equal(run.model.decoder.unembed.weight, before)
     (file,) = saved.glob("*.safetensors")
     state = load_file(file)
@@ -380,7 +382,7 @@ def test_a_full_disk_does_not_hide_a_loss_that_is_not_finite(config, one_sentenc
         run.model.encoder.embed.weight[0, 0] = float("inf")
     with disk_full(), pytest.raises(InputError) as error:
         run.train_step(run.data[0], 4)
-    one_sentence(error.value, "not finite at step 4", "File too large")
+    one_sentence(error.value, "not finite at step 5", "File too large")
 
 
 def test_a_discriminator_that_is_not_finite_ends_the_run_before_anything_moves(second_stage, one_sentence):
@@ -389,7 +391,7 @@ def test_a_discriminator_that_is_not_finite_ends_the_run_before_anything_moves(s
     run.adversary.register_forward_hook(lambda module, args, loss: loss * float("nan"))
     with pytest.raises(InputError) as error:
         run.train_step(run.data[0], 2)
-    one_sentence(error.value, "not finite at step 2")
+    one_sentence(error.value, "not finite at step 3")
     assert torch.equal(run.model.decoder.unembed.weight, before)
 
 

@@ -235,11 +235,12 @@ class Trainer:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = whole(nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)).item()
         if not math.isfinite(norm + loss):
-            found = f"the loss ({loss:g}) or its gradient ({norm:g}) is not finite at step {step}"
+            found = f"the loss ({loss:g}) or its gradient ({norm:g}) is not finite at step {step + 1}"
             try:
                 pixels = {f"batch.{self.ranks.rank}": batch.pixels}
-                checkpoints.write(self.out / FAILED, self._tensors() | pixels, self._about())
-                kept = f"{self.out / FAILED} holds the state and this batch"
+                about = {"step": step + 1, "names": self.ranks.gathered(batch.names), **self._about()}
+                checkpoints.write(self.out / FAILED, self._tensors() | pixels, about)
+                kept = f"{self.out / FAILED} holds the state and this batch, its file names in {checkpoints.ABOUT}"
             except InputError as error:
                 kept = str(error)
             raise InputError(f"{found}; lower learning_rate or check the data: {batch.listed()}; {kept}")
