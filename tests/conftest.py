@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +28,23 @@ from vitok import _native
 from vitok.ops._registry import preferring
 
 torch.set_num_threads(1)  # everything here is too small to share
+
+PROCESSES = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("processes.py"))))
+HANGS = 1800.0  # seconds after which a test must be stuck: none takes a quarter of it
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test that is stuck ends its process, which shows where; xdist then names the test and goes on."""
+    capture = item.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        shown = os.dup(2)
+    faulthandler.dump_traceback_later(HANGS, exit=True, file=shown)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        os.close(shown)
 
 
 @pytest.fixture(autouse=True)
@@ -79,14 +99,19 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def processes() -> SimpleNamespace:
+    """The names of tests/processes.py."""
+    return PROCESSES
+
+
 @pytest.fixture
 def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`torchrun(*arguments)`: torchrun with two processes."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        return PROCESSES.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     return run
 
@@ -96,10 +121,7 @@ def python() -> Callable[..., str]:
     """`python(code, **environment)`: what the code prints in a fresh interpreter; fails if it fails."""
 
     def run(code: str, **environment: str) -> str:
-        result = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"} | environment,
-        )  # fmt: skip
+        result = PROCESSES.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"} | environment)
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
 

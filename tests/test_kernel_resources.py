@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,12 +21,12 @@ COMMITTED = ROOT / "benchmarks" / "results" / "kernel-resources.json"
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def table(processes: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Section "triton" of the table for one GPU generation, made now; `make kernels-check` does all three."""
     file = tmp_path_factory.mktemp("resources") / "table.json"
     command = [sys.executable, "-m", "vitok.kernels.resources", "--archs", "90", "--json", str(file)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=file.parent)
+    result = processes.run(command, limit=1500, env=environment, cwd=file.parent)
     print(result.stdout)
     assert result.returncode == 0, result.stderr
     return json.loads(file.read_text())["triton"]
@@ -74,8 +74,8 @@ def test_tubelet_gather_has_wide_accesses_and_no_fused_rounding(table):
             assert wide > 0, f"interleaved rows are to be read by wide loads: {row}"
 
 
-def test_cuda_kernels_of_the_built_library_do_not_spill():
-    result = subprocess.run([sys.executable, CUDA_RESOURCES], capture_output=True, text=True)
+def test_cuda_kernels_of_the_built_library_do_not_spill(processes):
+    result = processes.run([sys.executable, CUDA_RESOURCES])
     facts = _native.build_facts()
     if _native.library() is None or not facts["cuda"]:
         assert (result.returncode, result.stdout) == (2, "")

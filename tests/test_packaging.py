@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PROCESSES = runpy.run_path(str(ROOT / "tests" / "processes.py"))
 SWITCHES = ("VITOK_NATIVE", "VITOK_CUDA", "VITOK_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "CXX")
 
 
@@ -23,7 +25,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
     """Run with only the given build switches set; two compilers at once at most."""
     inherited = {name: value for name, value in os.environ.items() if name not in SWITCHES}
     everything = {**inherited, "MAX_JOBS": "2", **environment}
-    return subprocess.run([str(part) for part in command], cwd=cwd, env=everything, capture_output=True, text=True)
+    return PROCESSES["run"](command, limit=1500, cwd=cwd, env=everything)
 
 
 def build(source: Path, out: Path, *kind: str, **environment: str) -> subprocess.CompletedProcess[str]:

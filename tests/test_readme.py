@@ -2,7 +2,6 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def test_readme_names_the_two_commands_and_the_makefile_has_them():
 
 
 @pytest.mark.long
-def test_the_quick_start_runs_and_is_short(tmp_path, monkeypatch):
+def test_the_quick_start_runs_and_is_short(processes, tmp_path, monkeypatch):
     section = re.search(r"## Quick start\n(.*?)\nThe cache comes", README, re.DOTALL)[1]
     commands = re.findall(r"^    (vitok .*)$", section, re.MULTILINE)
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
@@ -48,7 +47,8 @@ def test_the_quick_start_runs_and_is_short(tmp_path, monkeypatch):
     shutil.copy(next((examples / "photos").glob("*.jpg")), tmp_path / "photo.jpg")
     path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     for command in commands:
-        subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=os.environ | {"PATH": path})
+        result = processes.run(["sh", "-c", command], cwd=tmp_path, env=os.environ | {"PATH": path})
+        assert result.returncode == 0, result.stderr
     monkeypatch.chdir(tmp_path)
     names = {"pixels": torch.rand(1, 3, 64, 64) * 2 - 1}
     exec(code, names)

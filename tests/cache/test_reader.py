@@ -44,7 +44,7 @@ def test_workers_read_it(cache, context):
     root, parts = cache(5, 6)
     data = LatentDataset(root)
     data[0]  # maps a file that the workers must not inherit
-    workers = DataLoader(data, batch_size=4, num_workers=2, multiprocessing_context=context)
+    workers = DataLoader(data, batch_size=4, num_workers=2, multiprocessing_context=context, timeout=300)
     batches = [*workers]
     assert [name for batch in batches for name in batch["name"]] == [name for part in parts for name in part.names]
     assert torch.cat([batch["mean"] for batch in batches]).equal(torch.cat([part.mean for part in parts]))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
 from vitok import InputError
 from vitok.cache.store import OWN, Store, check_path
+
+LIMIT = 300.0  # seconds
 
 
 @pytest.mark.parametrize(
@@ -51,11 +54,14 @@ def test_a_lock_ends_with_its_process_and_not_with_its_children(tmp_path):
         child = os.fork()
         if child == 0:
             os.write(tell, b".")
-            signal.pause()
-        os.read(ready, 1)
+            time.sleep(LIMIT)
+            os._exit(1)
+        os.close(tell)  # so that a child that is gone ends the wait
+        assert os.read(ready, 1) == b"."
     try:
         with store.locked():
             pass
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(ready)

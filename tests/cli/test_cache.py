@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ from vitok.io.images import read_image
 
 PROGRAM = str(Path(sys.executable).with_name("vitok"))
 COUNT = 22
+LIMIT = 300.0  # seconds
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -196,20 +199,44 @@ def test_workers_and_ranks_write_the_same_bytes(vitok, options, torchrun, expect
     assert result.returncode != 0 and result.stderr.count("made with seed 0 (here 1)") == 1, result.stderr
 
 
-def kill_at_random_moments(arguments, folder, times, check):
+@pytest.fixture
+def beside(processes, tmp_path):
+    """`with beside(arguments) as (process, errors)`: the command, and the file of what it says on stderr."""
+
+    @contextmanager
+    def start(arguments):
+        errors = tmp_path / "errors.txt"
+        with (
+            open(errors, "w") as file,
+            processes.started([PROGRAM, *arguments], env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=file) as process,
+        ):
+            yield process, errors
+
+    return start
+
+
+def wait_until(condition, process):
+    """Until it holds or the process has ended."""
+    end = time.monotonic() + LIMIT
+    while process.poll() is None and not condition():
+        assert time.monotonic() < end, f"nothing has happened for {LIMIT:.0f} s"
+        time.sleep(0.001)
+
+
+def kill_at_random_moments(beside, arguments, folder, times, check):
     """Kill the command so often in the middle of its work; where it was done before, `check` it and begin anew.
 
     Returns how many shards were finished at each kill."""
-    rng, environment = random.Random(1), {**os.environ, "OMP_NUM_THREADS": "1"}
+    rng = random.Random(1)
     found = []
     for _ in range(3 * times):
         begun = time.time_ns()
-        process = subprocess.Popen([PROGRAM, *arguments], env=environment, stdout=-3, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and not writing_since(folder / STAGING, begun):
-            time.sleep(0.001)
-        time.sleep(0.005 * 100 ** rng.random())  # 5 ms to half a second, for slow machines and fast ones
-        process.kill()
-        said = process.communicate()[1]
+        with beside(arguments) as (process, errors):
+            wait_until(lambda since=begun: writing_since(folder / STAGING, since), process)
+            time.sleep(0.005 * 100 ** rng.random())  # 5 ms to half a second, for slow machines and fast ones
+            process.kill()
+            process.wait(LIMIT)
+            said = errors.read_text()
         assert "error" not in said, said
         if process.returncode == -signal.SIGKILL:
             found.append(len(list(folder.glob("manifest/*.json"))))
@@ -229,31 +256,29 @@ def writing_since(staging, moment):
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.long)])
-def test_a_run_killed_again_and_again_ends_like_one_that_was_not(vitok, options, expected, tmp_path, times):
+def test_a_run_killed_again_and_again_ends_like_one_that_was_not(vitok, beside, options, expected, tmp_path, times):
     arguments = options("killed", "--workers", "1")
 
     def check(folder):
         assert vitok(*arguments).code == 0
         assert contents(folder) == expected
 
-    finished = kill_at_random_moments(arguments, tmp_path / "killed", times, check)
+    finished = kill_at_random_moments(beside, arguments, tmp_path / "killed", times, check)
     check(tmp_path / "killed")
     assert times < 20 or len(set(finished)) > 2, "the moments are spread over the work"
 
 
-def test_a_stopped_run_cleans_up_and_goes_on(options, expected, tmp_path):
+def test_a_stopped_run_cleans_up_and_goes_on(vitok, beside, options, expected, tmp_path):
     arguments = options("stopped", "--workers", "1")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `expected` has left it ignored, which a child would inherit
-    process = subprocess.Popen(
-        [PROGRAM, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
-    )
-    while process.poll() is None and not (tmp_path / "stopped" / "manifest.json").exists():
-        time.sleep(0.001)
-    process.terminate()
-    said = process.communicate(timeout=60)[1]
+    with beside(arguments) as (process, errors):
+        wait_until((tmp_path / "stopped" / "manifest.json").exists, process)
+        process.terminate()
+        process.wait(LIMIT)
+        said = errors.read_text()
     assert process.returncode == 128 + signal.SIGTERM and said.startswith("error: interrupted"), said
     assert not (tmp_path / "stopped" / STAGING).exists()
-    assert subprocess.run([PROGRAM, *arguments], capture_output=True).returncode == 0
+    assert vitok(*arguments).code == 0
     assert contents(tmp_path / "stopped") == expected
 
 
@@ -490,9 +515,9 @@ def test_a_hugging_face_data_set(vitok, options, photos, tmp_path):
 
 
 @pytest.mark.long
-def test_ray_writes_the_same_bytes(options, expected, tmp_path):
+def test_ray_writes_the_same_bytes(processes, options, expected, tmp_path):
     pytest.importorskip("ray")
     arguments = options("ray", "--engine", "ray", "--workers", "1")
-    result = subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, timeout=300)
+    result = processes.run([PROGRAM, *arguments])
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "ray") == expected

@@ -1,7 +1,6 @@
 import json
 import os
 import platform
-import subprocess
 import sys
 
 import pytest
@@ -58,7 +57,7 @@ def test_info(vitok, nothing_bundled):
     )
 
 
-def test_without_the_native_library(vitok, files, models, tmp_path):
+def test_without_the_native_library(vitok, processes, files, models, tmp_path):
     """In a process of its own, because the choice is made once: `info` says so, and the results are the same."""
     picture = files.picture(tmp_path / "a.png", 37, 50)
     encode = ["encode", str(picture), "--model", str(models.pictures), "--out"]
@@ -67,7 +66,7 @@ def test_without_the_native_library(vitok, files, models, tmp_path):
         f"from vitok.cli import command\nfor call in {calls!r}: command.main(call, standalone_mode=False); print('==')"
     )
     environment = {**os.environ, "VITOK_NATIVE": "off"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", code], env=environment)
     assert done.returncode == 0, done.stderr
     facts, text, encoded, _ = done.stdout.split("==\n")
     facts = json.loads(facts)

@@ -2,10 +2,12 @@
 
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,12 +20,14 @@ pytest.importorskip("av")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and terminals")
 
 VITOK = str(Path(sys.executable).with_name("vitok"))
+LIMIT = 300.0  # seconds
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # A shell starts background jobs with SIGINT ignored, nohup with SIGHUP, and what the tests start would inherit that.
-PIPES = {
-    "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT,
+OPTIONS = {
+    "env": ENVIRONMENT,
     "preexec_fn": lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
-}  # fmt: skip
+}
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **OPTIONS}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,19 +44,26 @@ def long_clip(path, frames, side=128):
     return path
 
 
-def test_interrupted_in_the_middle_of_a_clip(files, models, tmp_path):
+@pytest.fixture
+def beside(processes):
+    """`beside(command, ...)`: a process that ends with the test."""
+    with ExitStack() as stack:
+        yield lambda *command, **options: stack.enter_context(processes.started(command, **options))
+
+
+def test_interrupted_in_the_middle_of_a_clip(beside, files, models, tmp_path):
     """The picture before it stays whole; of the clip nothing has the final name, and only SIGKILL leaves rubbish."""
     inputs = [files.picture(tmp_path / "a.png"), long_clip(tmp_path / "b.mp4", 800)]
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
     runs = {}
     for number in numbers:
         out = tmp_path / number.name
-        command = [VITOK, "reconstruct", *map(str, inputs), "--out", str(out), "--model", str(models.pictures)]
-        runs[number] = (out, subprocess.Popen(command, **PIPES))
-    waiting, end = dict(runs), time.monotonic() + 120
+        command = [VITOK, "reconstruct", *inputs, "--out", out, "--model", models.pictures]
+        runs[number] = (out, beside(*command, **PIPES))
+    waiting, end = dict(runs), time.monotonic() + LIMIT
     while waiting:
         for number, (out, process) in list(waiting.items()):
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, process.communicate(timeout=LIMIT)
             if any(out.glob(".vitok-*.mp4")):
                 time.sleep(0.3)  # well into it
                 process.send_signal(number)
@@ -60,7 +71,7 @@ def test_interrupted_in_the_middle_of_a_clip(files, models, tmp_path):
         assert time.monotonic() < end, "nothing was written"
         time.sleep(0.02)
     for number, (out, process) in runs.items():
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=LIMIT)
         assert "Traceback" not in errors
         left = sorted(os.listdir(out))
         if number == signal.SIGKILL:
@@ -73,7 +84,7 @@ def test_interrupted_in_the_middle_of_a_clip(files, models, tmp_path):
         assert read_image(out / "a.png").pixels.shape == (40, 2 * 56 + 8, 3)
 
 
-def test_on_a_terminal(files, models, tmp_path):
+def test_on_a_terminal(beside, files, models, tmp_path):
     import pty
 
     clip, picture = long_clip(tmp_path / "b.mp4", 100, side=192), files.picture(tmp_path / "a.png")
@@ -90,10 +101,10 @@ def test_on_a_terminal(files, models, tmp_path):
         models.pictures,
     ]
     environment = {**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "100", "LINES": "24"}
-    process = subprocess.Popen([str(a) for a in command], stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    process = beside(*command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
-    shown = b""
-    while True:
+    shown, end = b"", time.monotonic() + LIMIT
+    while select.select([ours], [], [], max(0.0, end - time.monotonic()))[0]:
         try:
             data = os.read(ours, 65536)
         except OSError:  # how Linux says that the other end is closed
@@ -104,7 +115,7 @@ def test_on_a_terminal(files, models, tmp_path):
     os.close(ours)
     text = shown.decode()
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
-    assert process.wait() == 2, text
+    assert process.wait(LIMIT) == 2, text
     assert "Traceback" not in text and "Error" not in text
     assert f"error: {tmp_path / 'no.jpg'} does not exist" in lines
     assert "2 of 3 reconstructed, 1 failed" in lines
@@ -113,10 +124,11 @@ def test_on_a_terminal(files, models, tmp_path):
         assert sum(map(len, reader.chunks(50))) == 100
 
 
-def test_a_reader_that_goes_away():
-    process = subprocess.Popen([VITOK, "models"], **PIPES)
+def test_a_reader_that_goes_away(beside, tmp_path):
+    with open(tmp_path / "errors", "w") as errors:
+        process = beside(VITOK, "models", **{**PIPES, "stderr": errors})
     process.stdout.close()
-    assert process.stderr.read() == "" and process.wait() == 1
+    assert process.wait(LIMIT) == 1 and (tmp_path / "errors").read_text() == ""
 
 
 def test_where_there_is_no_sighup(vitok, monkeypatch):
@@ -136,12 +148,12 @@ finally:
 
 @pytest.mark.long
 @pytest.mark.parametrize("model", ["pictures", "clips"])
-def test_memory_does_not_grow_with_the_length_of_a_clip(models, tmp_path, model):
+def test_memory_does_not_grow_with_the_length_of_a_clip(processes, models, tmp_path, model):
     peaks = {}
     for frames in (64, 640):
         clip = long_clip(tmp_path / f"{frames}.mp4", frames)
         arguments = ["reconstruct", clip, "--out", tmp_path / "o", "--model", getattr(models, model)]
-        done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, arguments)], **PIPES)
+        done = processes.run([sys.executable, "-c", MEASURE, *arguments], **OPTIONS)
         assert done.returncode == 0, done.stderr
         with ClipReader(tmp_path / "o" / f"{frames}.mp4") as reader:
             assert sum(map(len, reader.chunks(64))) == frames
@@ -151,7 +163,7 @@ def test_memory_does_not_grow_with_the_length_of_a_clip(models, tmp_path, model)
 
 
 @pytest.mark.long
-def test_memory_does_not_grow_with_the_latents_of_a_clip(tmp_path):
+def test_memory_does_not_grow_with_the_latents_of_a_clip(processes, tmp_path):
     """Of a model whose latents are larger than the pixels: 168 MB for ten chunks, 50 MB for three."""
     model = tmp_path / "model"
     package.create_model("Tiw64d1h1-Tiw64d1h1/16", channels=1024).save(model)
@@ -160,7 +172,7 @@ def test_memory_does_not_grow_with_the_latents_of_a_clip(tmp_path):
         clip, latents, out = long_clip(tmp_path / f"{frames}.mp4", frames), tmp_path / f"l{frames}", tmp_path / "o"
         for command, source, target in (("encode", clip, latents), ("decode", latents, out)):
             arguments = [command, source, "--out", target, "--model", model]
-            done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, arguments)], **PIPES)
+            done = processes.run([sys.executable, "-c", MEASURE, *arguments], **OPTIONS)
             assert done.returncode == 0, done.stderr
             peaks[command, frames] = int(done.stdout.split("peak ")[1])
         assert (latents / f"{frames}.safetensors").stat().st_size > frames * 8 * 8 * 1024 * 4

@@ -1,7 +1,6 @@
 import errno
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 
@@ -38,7 +37,7 @@ def test_atomic_path_leaves_nothing_after_a_failure(tmp_path, failure):
     assert os.listdir(tmp_path) == ["kept.bin"] and kept.read_bytes() == b"old"
 
 
-def test_killed_writer_leaves_no_file_under_the_final_name(tmp_path):
+def test_killed_writer_leaves_no_file_under_the_final_name(processes, tmp_path):
     script = textwrap.dedent("""
         import os, signal, sys
         from vitok.io import atomic_path
@@ -47,7 +46,7 @@ def test_killed_writer_leaves_no_file_under_the_final_name(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
     """)
     target = tmp_path / "out.png"
-    done = subprocess.run([sys.executable, "-c", script, str(target)], check=False)
+    done = processes.run([sys.executable, "-c", script, target])
     assert done.returncode == -signal.SIGKILL
     assert not target.exists()
     (left,) = find_inputs([tmp_path])  # what a kill leaves is hidden, and never taken for an input

@@ -1,6 +1,5 @@
 import builtins
 import os
-import subprocess
 import sys
 import weakref
 from fractions import Fraction
@@ -212,7 +211,7 @@ def test_names_that_look_like_addresses(tmp_path, monkeypatch):
     assert len(read("http:x é%d.mp4")) == 2
 
 
-def test_failed_or_killed_writing_leaves_no_clip(tmp_path):
+def test_failed_or_killed_writing_leaves_no_clip(processes, tmp_path):
     for failure in (RuntimeError, KeyboardInterrupt):
         with pytest.raises(failure), ClipWriter(tmp_path / "a.mp4", 24) as writer:
             writer.write(moving(5))
@@ -225,7 +224,7 @@ def test_failed_or_killed_writing_leaves_no_clip(tmp_path):
         "with ClipWriter(sys.argv[1], 24) as w:\n"
         "    w.write(torch.zeros(9, 16, 16, 3, dtype=torch.uint8)); os.kill(os.getpid(), 9)"
     )
-    assert subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.mp4")], check=False).returncode == -9
+    assert processes.run([sys.executable, "-c", script, tmp_path / "a.mp4"]).returncode == -9
     assert not (tmp_path / "a.mp4").exists()
 
 
@@ -298,6 +297,6 @@ def test_without_pyav(tmp_path, monkeypatch):
             attempt()
 
 
-def test_pyav_is_not_imported_before_it_is_needed():
+def test_pyav_is_not_imported_before_it_is_needed(processes):
     script = "import sys, vitok.io; sys.exit('av' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    assert processes.run([sys.executable, "-c", script]).returncode == 0
