@@ -1,6 +1,7 @@
 """What test_parallel.py starts by torchrun: runs its trainings one after the other, `python ranks.py RUNS.json`.
 
 A run is the fields of a `TrainConfig`, and `killed`: the step after which the last rank kills itself, the first time.
+It leaves loss and gradient norm of every step in `out`/steps.json.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ def main(path: str) -> None:
 
 
 def _train(fields: dict[str, Any], killed: int | None, device: torch.device) -> None:
-    trainer, losses = Trainer(TrainConfig.from_dict(fields), device), []
+    trainer, steps = Trainer(TrainConfig.from_dict(fields), device), []
 
     def on_step(step: int, metrics: dict[str, float]) -> None:
-        losses.append(metrics["loss"])
+        steps.append((metrics["loss"], metrics["grad_norm"]))
         if step == killed and trainer.ranks.rank == trainer.ranks.count - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     trainer.run(on_step)
     if trainer.ranks.rank == 0:
-        (trainer.out / "losses.json").write_text(json.dumps(losses))
+        (trainer.out / "steps.json").write_text(json.dumps(steps))
 
 
 if __name__ == "__main__":
