@@ -20,7 +20,9 @@ namespace vitok {
 enum class PackedType { float32, bfloat16, int8 };
 
 constexpr int64_t kPackedColumns = 64;  // of a panel
-constexpr int64_t kPackedRows = 256;    // of x that a thread holds at once, at the most
+constexpr int64_t kPackedRows = 512;    // of x that a thread holds at once, at the most
+constexpr int64_t kPackedTile = 32;     // of them that are multiplied at once, at the most
+constexpr int64_t kPackedPart = 768;    // elements of a row that are multiplied at once, at the least
 
 constexpr int64_t packed_elements(PackedType type) {
     return type == PackedType::float32 ? 1 : type == PackedType::bfloat16 ? 2 : 4;
@@ -133,9 +135,12 @@ struct PackedLinear {
 
     PackedShape shape() const { return {columns, inner, gate != 0, weight_dtype}; }
 
-    // Units of 4 bytes that a thread needs: its rows, one that is on its way, a panel of wider elements, and its sums.
+    // Units of 4 bytes that a thread needs: its rows, one that is on its way, a panel of wider elements, and its sums, of a tile
+    // or, where rows are multiplied in parts, of all.
     int64_t thread_units() const {
-        return (kPackedRows + 1 + kPackedColumns) * packed_row_stride(inner) + kPackedRows * kPackedColumns * shape().panels();
+        const bool whole = weight_dtype == PackedType::int8 || inner <= kPackedPart;
+        const int64_t sums = whole ? kPackedTile * kPackedColumns : kPackedRows * kPackedColumns * shape().panels();
+        return (kPackedRows + 1 + kPackedColumns) * packed_row_stride(inner) + sums;
     }
 
     const char* problem() const {

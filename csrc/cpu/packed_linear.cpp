@@ -59,21 +59,35 @@ VITOK_INLINE const uint32_t* open_panel(Words, PackedType, const void* panel, in
     return room;
 }
 
-// A part of a panel, and the tiles of sums that its products with rows give. kRows rows are of a tile, kBlock of a block; of
-// kPart steps through both the second cache holds a block and a panel.
+// Rows of 64 or 128 bytes that a tile will be written to, to be brought into the cache meanwhile; or none.
+struct Target {
+    uintptr_t row;
+    int64_t stride, rows, bytes;
+
+    VITOK_INLINE void fetch(Target& t) {
+        if (t.rows <= 0) return;
+        for (int64_t byte = 0; byte < t.bytes; byte += 64) __builtin_prefetch(reinterpret_cast<const void*>(t.row + static_cast<uintptr_t>(byte)), 1);
+        t.row += static_cast<uintptr_t>(t.stride), --t.rows;
+    }
+};
+
+// A part of a panel, and the tiles of sums that its products with rows give. kRows rows are of a tile, and kPart steps are taken
+// through a panel at once, with as many rows of a block that the second cache holds both.
 template <class Dot, bool kTiles = Dot::kTiles>
 class Product {
   public:
     static constexpr int kRows = 6;
     static constexpr int64_t kSummed = 256;  // products in one fp32 sum: the roundings of longer ones grow with their length
-    static constexpr int64_t kBlock = 144, kPart = 3 * kSummed;
+    static constexpr int64_t kPart = 3 * kSummed;
+    static int64_t block(int64_t) { return 144; }
 
     void open(const typename Dot::Unit* panel, int64_t steps, int64_t, const int32_t* sums, typename Dot::Unit*) {
         panel_ = panel, steps_ = steps, sums_ = sums;
     }
 
     // The tile becomes, or if `add` is increased by, kRows rows, `stride` apart, times the panel, as fp32.
-    __attribute__((noinline)) void fill(const typename Dot::Unit* rows, int64_t stride, int64_t, bool add, float* tile) const {
+    __attribute__((noinline)) void fill(const typename Dot::Unit* rows, int64_t stride, int64_t, bool add, float* tile,
+                                        Target) const {
         const int64_t step = Dot::kIntegers ? larger(steps_, 1) : kSummed;
         for (int64_t c = 0; c < kPackedColumns; c += kWide * kLanes) {
             int64_t k = 0;
@@ -116,7 +130,10 @@ template <class Dot>
 class Product<Dot, true> {
   public:
     static constexpr int kRows = 2 * kTileRows;
-    static constexpr int64_t kBlock = 256, kPart = 1024;
+    static constexpr int64_t kPart = 1024;
+    static int64_t block(int64_t steps) {  // of a megabyte
+        return smaller(kPackedRows, larger((1 << 20) / 4 / larger(steps, 1) / kRows, 1) * kRows);
+    }
 
     // The last steps, where they do not fill a tile, go to `room` with zeros behind them. While `rows` rows are multiplied what
     // follows the panel comes into the second cache.
@@ -132,25 +149,33 @@ class Product<Dot, true> {
     }
 
     // Of `wanted` rows, which may be fewer than kRows.
-    void fill(const uint32_t* rows, int64_t stride, int64_t wanted, bool add, float* tile) {
-        if (wanted > kTileRows) fill_rows<2>(rows, stride, add, tile);
-        else fill_rows<1>(rows, stride, add, tile);
+    void fill(const uint32_t* rows, int64_t stride, int64_t wanted, bool add, float* tile, Target target) {
+        if (wanted > kTileRows) fill_rows<2>(rows, stride, add, tile, target);
+        else fill_rows<1>(rows, stride, add, tile, target);
     }
 
   private:
     template <int kDown>
-    __attribute__((noinline)) void fill_rows(const uint32_t* rows, int64_t stride, bool add, float* tile) {
+    __attribute__((noinline)) void fill_rows(const uint32_t* rows, int64_t stride, bool add, float* tile, Target target) {
         uintptr_t next = next_;
         const auto fetch = [&, lines = lines_]() __attribute__((always_inline)) {
             for (int64_t line = 0; line < lines; ++line, next += 64)
                 __builtin_prefetch(reinterpret_cast<const void*>(next), 0, 2);
+            Target::fetch(target);
         };
-        for (int64_t c = 0; c < kPackedColumns; c += 2 * kTileUnits) {
-            multiply_tiles<Dot, kDown, 2>(rows, stride, panel_ + c, kPackedColumns, whole_, add, tile + c, kPackedColumns, fetch);
-            if (end_)
-                multiply_tiles<Dot, kDown, 2>(rows + whole_ * kTileUnits, stride, end_ + c, kPackedColumns, 1, true, tile + c,
+        // So few steps that the second half of the columns finds the rows in the first cache.
+        constexpr int64_t few = 12;
+        const auto multiply = [&](int64_t at, const uint32_t* columns, int64_t steps, bool more) __attribute__((always_inline)) {
+            for (int64_t c = 0; c < kPackedColumns; c += 2 * kTileUnits)
+                multiply_tiles<Dot, kDown, 2>(rows + at * kTileUnits, stride, columns + c, kPackedColumns, steps, more, tile + c,
                                               kPackedColumns, fetch);
-        }
+        };
+        int64_t k = 0;
+        do {
+            multiply(k, panel_ + k * kTileUnits * kPackedColumns, smaller(few, whole_ - k), add || k > 0);
+            k += few;
+        } while (k < whole_);
+        if (end_) multiply(whole_, end_, 1, true);
         next_ = next;
         if constexpr (Dot::kIntegers) {
             for (int64_t i = 0; i < kDown * kTileRows * kPackedColumns; i += kLanes)
@@ -207,32 +232,30 @@ void finish_tile(const PackedLinear& a, int64_t first, int64_t rows, int64_t pan
     else each_row(finish_row<kGate, false, T>);
 }
 
-// The lines that a tile will be written to, on their way while it is multiplied.
 template <class T>
-VITOK_INLINE void fetch_tile(const PackedLinear& a, int64_t first, int64_t rows, int64_t panel) {
+VITOK_INLINE Target target_of(const PackedLinear& a, int64_t first, int64_t rows, int64_t panel) {
     const int64_t most = a.gate ? kPackedColumns / 2 : kPackedColumns;
     const auto* const to = static_cast<const T*>(a.out) + first * a.out_stride + panel * most;
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t byte = 0; byte < most * static_cast<int64_t>(sizeof(T)); byte += 64)
-            __builtin_prefetch(reinterpret_cast<const char*>(to + r * a.out_stride) + byte, 1);
+    constexpr int64_t size = sizeof(T);
+    return {reinterpret_cast<uintptr_t>(to), a.out_stride * size, rows, most * size};
 }
 
 // What one thread does: groups of a tile's rows with panels.
 template <class Dot, class T>
 void work(const PackedLinear& a, Interval groups, Interval panels, typename Dot::Unit* scratch) {
     using Unit = typename Dot::Unit;
-    constexpr int64_t kRows = Product<Dot>::kRows, kBlock = Product<Dot>::kBlock, kPart = Product<Dot>::kPart;
-    static_assert(kBlock <= kPackedRows && kBlock % kRows == 0, "tiles divide a block, and scratch has room for it");
+    constexpr int64_t kRows = Product<Dot>::kRows, kPart = Product<Dot>::kPart;
+    static_assert(kPart >= kPackedPart && kRows <= kPackedTile, "scratch has room for the sums");
     const PackedShape shape = a.shape();
     const int64_t each = packed_elements(shape.type) / Dot::kElements;  // steps that a packed unit makes
     const int64_t depth = shape.units() * each, stride = packed_row_stride(depth);
-    const int64_t blocks = ceil_div(groups.end - groups.begin, kBlock / kRows);
     Unit* const room = scratch + kPackedRows * stride;
     float* const wide = reinterpret_cast<float*>(room + kPackedColumns * stride);
     float* const sums = wide + packed_row_stride(a.inner);
     const auto finish = a.gate == 0 ? finish_tile<0, T> : a.gate == 1 ? finish_tile<1, T> : finish_tile<2, T>;
     const int64_t part = Dot::kIntegers ? depth : smaller(kPart, depth);  // integers are small, and their sums whole
-    float scales[kBlock];
+    const int64_t blocks = ceil_div(groups.end - groups.begin, Product<Dot>::block(part) / kRows);
+    float scales[kPackedRows];
     Product<Dot> product;
 
     for (int64_t block = 0; block < blocks; ++block) {
@@ -253,8 +276,8 @@ void work(const PackedLinear& a, Interval groups, Interval panels, typename Dot:
                 for (int64_t row = 0; row < rows; row += kRows) {
                     // Where one part is all, every tile may have the same place.
                     float* const tile = sums + (part == depth ? 0 : (panel - panels.begin) * kPackedRows + row) * kPackedColumns;
-                    if (last) fetch_tile<T>(a, first + row, smaller(kRows, rows - row), panel);
-                    product.fill(scratch + row * stride + k, stride, rows - row, k > 0, tile);
+                    product.fill(scratch + row * stride + k, stride, rows - row, k > 0, tile,
+                                 target_of<T>(a, first + row, last ? smaller(kRows, rows - row) : 0, panel));
                     if (last) finish(a, first + row, smaller(kRows, rows - row), panel, tile, scales + row);
                 }
             }

@@ -16,7 +16,7 @@ from vitok import _native
 from vitok.ops._tensors import address, as_rows
 
 ELEMENTS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # that lie side by side in a column of a panel
-COLUMNS, ROWS = 64, 256  # as csrc/common/packed_linear.h has them
+COLUMNS, ROWS, TILE, PART = 64, 512, 32, 768  # as csrc/common/packed_linear.h has them
 MAX_INT8_INNER = 2**17  # so many products of bytes fit an int32
 NORMS = {None: 0, "rms": 1, "layer": 2}
 GATES = {None: 0, "silu": 1, "gelu": 2}
@@ -101,7 +101,8 @@ def run(
         residual, residual_stride = as_rows(residual)
     threads = max(1, min(torch.get_num_threads(), count * inner * columns // PRODUCTS))
     line = -(-inner // 64) * 64 + 16
-    sums = ROWS * COLUMNS * count_panels(columns, gate is not None)
+    whole = dtype == torch.int8 or inner <= PART
+    sums = TILE * COLUMNS if whole else ROWS * COLUMNS * count_panels(columns, gate is not None)
     scratch_bytes = threads * (4 * ((ROWS + 1 + COLUMNS) * line + sums) + 64)
     scratch = x.new_empty((scratch_bytes,), dtype=torch.uint8)
     _native.run(
