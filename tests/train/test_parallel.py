@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,23 @@ def test_a_rank_that_is_killed_costs_nothing_but_time(config, on_two):
             other = load_file(Path(killed.out) / folder / file.name)
             assert all(torch.equal(other[name], x) for name, x in load_file(file).items())
     assert (Path(whole.out) / "log.csv").read_text() == (Path(killed.out) / "log.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("whom", "number", "status"),
+    [("rank", signal.SIGTERM, 0), ("torchrun", signal.SIGTERM, 1), ("all", signal.SIGINT, 1)],
+    ids=["one rank", "torchrun", "Ctrl-C"],
+)
+def test_a_stop_request_saves_on_all_ranks(config, torchrun, tmp_path, whom, number, status):
+    settings = config(steps=100_000, workers=1, parallel="fsdp")
+    path = tmp_path / "runs.json"
+    path.write_text(json.dumps([settings.__dict__ | {"stopped": [3, number, whom]}]))
+    result = torchrun(str(RANKS), str(path))
+    assert result.returncode == status and "KeyboardInterrupt" not in result.stderr, result.stderr
+    out = Path(settings.out)
+    done = len(json.loads((out / "steps.json").read_text()))  # which the first rank writes when it ends well
+    assert done >= 4 and [state.name for state in out.glob("state-*")] == [f"state-{done:08d}"]
+    assert vitok.load(out / "model") and Trainer(settings).step == done
 
 
 def test_the_command_line_under_torchrun(config, torchrun, tmp_path):

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -120,7 +121,8 @@ class Trainer:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def run(self, on_step: Callable[[int, dict[str, float]], None] | None = None) -> None:
-        """Train to the last step. A first SIGTERM or Ctrl-C saves a checkpoint and returns; the run can go on later.
+        """Train to the last step. A first SIGTERM or Ctrl-C, to any rank, saves a checkpoint and returns; the run can
+        go on later.
 
         `on_step` gets the number of steps done and the metrics of `train_step`; over the last ten steps or so
         `images_per_s`, which counts the frames of clips, over all ranks, `operations_per_s` of each rank (`operations`)
@@ -369,10 +371,14 @@ def _precision(wanted: str, device: torch.device, ranks: Ranks) -> str:
 
 
 class _stop_requests:
-    """Context in which SIGTERM and SIGINT set a flag, which the value answers, instead of ending the process."""
+    """Context in which SIGTERM and SIGINT set a flag, which the value answers, instead of ending the process.
+
+    A second one ends it as usual, but not under torchrun, which hands on to its processes what batch systems and
+    terminals have sent to them as well.
+    """
 
     def __enter__(self) -> Callable[[], bool]:
-        self.stopped = False
+        self.stopped, self.handed_on = False, "TORCHELASTIC_RUN_ID" in os.environ
         self.previous = {}
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
@@ -382,10 +388,14 @@ class _stop_requests:
         return lambda: self.stopped
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        if not (self.stopped and self.handed_on):  # the second one may come while the process ends
+            self._restore()
 
     def _stop(self, number: int, frame: Any) -> None:
         self.stopped = True
-        for signal_number, handler in self.previous.items():
-            signal.signal(signal_number, handler)  # a second one ends the process as usual
+        if not self.handed_on:
+            self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
