@@ -292,11 +292,14 @@ def small_pca(monkeypatch):
 def test_eval(vitok, models, photos):
     result = vitok("eval", photos, "--size", 32, "--model", models.pictures)
     assert result.code == 0 and result.err == ""
-    title, header, *rows, mean, protocol, summary = result.out.splitlines()
+    title, header, *rows, mean, skipped, protocol, summary = result.out.splitlines()
     assert "antialiased" in protocol and "posterior mean" in protocol and package.__version__ in protocol
     assert "32 x 32 centre crops, 16 x 16 patches, 32 channels" in title and header.count("PSNR dB") == 1
     assert [row.split()[0] for row in rows] == ["a_0.png", "a_1.png", "b_2.png"] and mean.startswith("mean of 3")
+    assert skipped.startswith("VGG-HED distance: skipped: name its weights by --vgg-hed PATH; docs/evaluation.md shows")
     assert summary == "3 scored"
+    facts = json.loads(vitok("eval", photos, "--size", 32, "--model", models.pictures, "--json").out)
+    assert facts["metrics"]["vgg-hed"] == skipped.removeprefix("VGG-HED distance: ")
 
 
 def test_eval_equals_reconstruct(vitok, models, photos, tmp_path):

@@ -45,6 +45,10 @@ TITLES = {
 """The metrics beside PSNR and SSIM, as options and the JSON name them, and their titles."""
 
 
+ALWAYS = "vgg-hed"
+"""The one of them that needs no asking: without its weights the output says that it is skipped."""
+
+
 class MetricList(click.ParamType):
     name = "list"
 
@@ -58,7 +62,7 @@ class MetricList(click.ParamType):
 
 @dataclass
 class Metrics:
-    """The metrics that were asked for: those that can be had, opened, and what each is or why it is skipped."""
+    """The metrics beside PSNR and SSIM: those that can be had, opened, and what each is or why it is skipped."""
 
     distances: dict[str, Distance] = field(default_factory=dict)
     extractors: dict[str, Extractor] = field(default_factory=dict)
@@ -142,7 +146,7 @@ def _path_option(name: str, text: str) -> Callable[[Callable[..., None]], Callab
 @click.option("--frames", type=click.IntRange(1), help="Score clips, not pictures: the first so many frames of each.")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Pictures or frames at a time.")
 @click.option("--metrics", "wanted", type=MetricList(), default="", help=f"More: {', '.join(TITLES)} or all.")
-@_path_option("--vgg-hed", "Weights of the VGG-HED distance, safetensors; adds it.")
+@_path_option("--vgg-hed", "Weights of the VGG-HED distance, safetensors; without them it is skipped.")
 @_path_option("--lpips-weights", "torchvision's AlexNet for LPIPS; adds it.")
 @_path_option("--fid-weights", "torch-fidelity's TF-2015 Inception; adds rFID and rIS.")
 @_path_option("--fvd-weights", "StyleGAN-V's I3D, a TorchScript file, which is a program that is run; adds rFVD.")
@@ -174,13 +178,15 @@ def evaluate(
     """PSNR, SSIM and more of reconstructions of the pictures or clips in FOLDER, beside PCA and JPEG.
 
     Posterior mean, both sides rounded to uint8, data range 255, every figure the mean over pictures; of clips the mean
-    over frames, then over clips. A metric that is asked for and cannot be had is skipped and says why.
+    over frames, then over clips. The VGG-HED distance, or a metric that is asked for, is skipped where it cannot be
+    had, and says why.
     """
     paths = {"vgg-hed": vgg_hed, "lpips": lpips_weights, "fid": fid_weights, "is": fid_weights, "fvd": fvd_weights}
     with joined(open_device(device)) as own:
         ranks = Ranks.current()
         model = load(model_name, device=own, dtype=DTYPES[dtype])
-        metrics = _open({name for name in TITLES if name in wanted or paths.get(name)}, paths, frames, own)
+        asked = {name for name in TITLES if name in wanted or paths.get(name)}
+        metrics = _open(asked | {ALWAYS}, paths, frames, own)
         baseline = _baseline(model, pca_folder, groups, frames) if pca_folder else None
         with Display(silent=ranks.rank > 0) as display:
             scoring = Scoring(folder, size, frames, batch, metrics, own, ranks, display)
