@@ -434,6 +434,30 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(second_stage, vgg_hed, stage)
     assert ("discriminator" in found) == (stage == 2)
 
 
+def test_a_perceptual_loss_by_a_callable(config, one_sentence):
+    seen = []
+
+    def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        seen.append((a.shape, a.requires_grad, b.requires_grad, b.min().item() >= -1 and b.max().item() <= 1))
+        return (a.mean((2, 3)) - b.mean((2, 3))).square().sum(1)
+
+    batch = Trainer(config()).data[0]
+    found = Trainer(config(eta=2.0, beta=0.0), perceptual=distance).train_step(batch, 0)
+    assert seen == [((4, 3, 16, 16), True, False, True)]
+    assert found["perceptual"] > 0
+    assert found["loss"] == pytest.approx(found["pixel"] + 2 * found["perceptual"], rel=1e-5)
+    one = Trainer(config(eta=2.0, beta=0.0), perceptual=lambda a, b: distance(a, b).mean()).train_step(batch, 0)
+    assert one == pytest.approx(found, rel=1e-5), "one distance for the batch does as well"
+    Trainer(config(steps=1), perceptual=distance).run()
+    assert Trainer(config(steps=2), perceptual=distance).step == 1
+    with pytest.raises(InputError) as error:
+        Trainer(config(steps=2))
+    one_sentence(error.value, "holds a run with another configuration")
+    with pytest.raises(InputError) as error:
+        Trainer(config(perceptual="vgg_hed"), perceptual=distance)
+    one_sentence(error.value, "'perceptual' must be 'none' where a callable is given, got 'vgg_hed'")
+
+
 def test_the_discriminator_learns_to_tell(second_stage):
     losses = []
     run = Trainer(second_stage(steps=40, learning_rate=0.0, perceptual="none", lecam_weight=0.0))

@@ -36,6 +36,8 @@ from vitok.train.optimizer import make_optimizer, set_optimizer_step
 from vitok.train.records import Pace, Records
 
 MODEL, FAILED = "model", "failed"
+CALLABLE = "a callable"
+"""What stands for a perceptual loss that has no name."""
 HOW = (
     "out", "steps", "workers", "save_every", "log_every", "sample_every", "perceptual_weights", "parallel",
     "accumulate", "checkpointing", "compile", "optimizer",
@@ -47,9 +49,28 @@ class Trainer:
     """One run: `Trainer(config).run()` trains to the last step, from the run's checkpoint if it has one.
 
     Where there is a process group (torch.distributed) its ranks share each batch.
+
+    Args:
+        config: `perceptual` must be "none" where there is a callable.
+        perceptual: a perceptual loss in place of those that have a name (`vitok.train.losses.perceptual_loss`), and
+            weighted by `eta` like them. It maps two batches of pictures [B, 3, H, W], RGB in [-1, 1], float32 on
+            `device`, to distances [B] or one for all of them, differentiable in the first; a network in it should be
+            frozen and on the device. A run that began with one goes on only with one, the same if you give the same.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device | str = "cpu",
+        *,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        if perceptual is not None:
+            if config.perceptual != "none":
+                raise InputError(
+                    f"training field 'perceptual' must be 'none' where a callable is given, got {config.perceptual!r}"
+                )
+            config = dataclasses.replace(config, perceptual=CALLABLE)
         self.config, self.device = config, torch.device(device)
         self.out = Path(config.out)
         self.ranks = Ranks.current()
@@ -84,8 +105,10 @@ class Trainer:
         if self.fsdp:
             sharded(self.averaged, self.averaged.blocks)
         self.optimizer = make_optimizer(config, self.model)
-        network = perceptual_loss(config.perceptual, config.perceptual_weights)
-        self.perceptual = None if network is None else network.to(self.device)
+        self.perceptual = perceptual
+        if perceptual is None:
+            network = perceptual_loss(config.perceptual, config.perceptual_weights)
+            self.perceptual = None if network is None else network.to(self.device)
         self.adversary: Adversary | None = None
         if config.stage == 2:
             discriminator = Discriminator(config.crop, config.discriminator_width)
