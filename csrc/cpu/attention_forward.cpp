@@ -17,7 +17,7 @@ template <class Dot>
 struct Blocks {
     static constexpr int kRows = kRowsOf<Dot>;
     static constexpr int64_t kQueries = Dot::kTiles ? 64 : 48;
-    static constexpr int64_t kKeys = Dot::kTiles ? 192 : 384;  // a block of scores is 27 KB or 19 KB
+    static constexpr int64_t kKeys = Dot::kTiles ? 256 : 384;  // a block of scores is 35 KB or 19 KB
     static constexpr int64_t kScoreStride = kKeys + 16;
     static constexpr int kNumbers = (kRows + kLanes - 1) / kLanes * kLanes;  // one a row, in whole vectors
     static_assert(kKeys % kPanel == 0 && kQueries % kRows == 0, "blocks divide evenly");
@@ -41,15 +41,19 @@ struct Rows {
 // v of one panel's keys, zeros past the end.
 template <class Dot, class T>
 void pack_values(const AttentionForward& g, int64_t b, int64_t h, int64_t first, typename Dot::Unit* to) {
-    alignas(64) float wide[kRowStride];
     const int64_t stride = g.padded_width();
-    for (int64_t token = first; token < first + kPanel; ++token) {
-        if (token < g.tokens()) {
-            widen_row(next_head_row<T>(g, b, token, 2, h), g.width(), wide);
-        } else {
-            zero_row(g.width(), wide);
+    if constexpr (Dot::kElements == 2) {  // of bf16, as they are
+        const auto row = [&](int64_t token) { return token < g.tokens() ? next_head_row<T>(g, b, token, 2, h) : nullptr; };
+        for (int64_t token = first; token < first + kPanel; token += 2)
+            Dot::join_rows(row(token), row(token + 1), g.width(), to + token / 2 * stride);
+    } else {
+        for (int64_t token = first; token < first + kPanel; ++token) {
+            if (token < g.tokens()) {
+                widen_row(next_head_row<T>(g, b, token, 2, h), g.width(), to + token * stride);
+            } else {
+                zero_row(g.width(), to + token * stride);
+            }
         }
-        Dot::join_row(wide, stride, token, to + token / Dot::kElements * stride);
     }
 }
 
@@ -136,6 +140,9 @@ void attend(const AttentionForward& g, const Transform& transform, const Interva
     const int64_t stop = smaller(start + kQueries, tokens);
     const int64_t tiles = ceil_div(stop - start, kRows);
     const float scale = kLog2e / __builtin_sqrtf(static_cast<float>(width));
+    const auto target_row = [&](int64_t i) { return static_cast<T*>(g.out) + ((b * tokens + i) * g.heads() + h) * width; };
+    for (int64_t i = start; i < stop; ++i)  // what will be written comes meanwhile
+        for (int64_t e = 0; e < width; e += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(target_row(i) + e, 1);
 
     for (int64_t i = 0; i < tiles * kRows; ++i) {
         Rows<Dot>& tile = rows[i / kRows];
@@ -172,7 +179,6 @@ void attend(const AttentionForward& g, const Transform& transform, const Interva
         }
     }
 
-    T* const target = static_cast<T*>(g.out);
     for (int64_t i = start; i < stop; ++i) {
         const Rows<Dot>& tile = rows[(i - start) / kRows];
         const float total = lanes_sum(tile.total[(i - start) % kRows]);
@@ -180,7 +186,7 @@ void attend(const AttentionForward& g, const Transform& transform, const Interva
         const Lanes inverse = lanes_set(total == 0.0f ? 0.0f : 1.0f / total);
         float* const row = out + (i - start) * kRowStride;
         for (int64_t e = 0; e < width; e += kLanes) lanes_store(row + e, lanes_load(row + e) * inverse);
-        narrow_row(row, width, target + ((b * tokens + i) * g.heads() + h) * width);
+        narrow_row(row, width, target_row(i));
         if (g.lse)
             static_cast<float*>(g.lse)[(b * g.heads() + h) * tokens + i] =
                 total == 0.0f ? -__builtin_inff() : top * scale * kLn2 + __builtin_logf(total);
