@@ -68,6 +68,16 @@ def test_the_progress_of_training(vitok, run, monkeypatch):
     assert rates == [torch.bfloat16] and result.out.splitlines() == ["step 0 of 3; averaged model in elsewhere/model"]
 
 
+@pytest.mark.parametrize(("wait", "told"), [(37.4, True), (19.0, False)])
+def test_a_run_that_waited_for_its_input_says_so(vitok, run, monkeypatch, wait, told):
+    from vitok.train import trainer
+
+    monkeypatch.setattr(trainer.Trainer, "run", lambda self, on_step: setattr(self, "data_wait", wait))
+    lines = vitok("train", run).err.splitlines()
+    words = "steps waited 37% of the time for data; raise training field 'workers', which is 0"
+    assert [line.startswith(words) for line in lines if "for data" in line] == [True] * told
+
+
 def test_train_says_which_packages_are_missing(vitok, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setattr("vitok.train.records.find_spec", lambda name: None)

@@ -324,8 +324,14 @@ def test_waiting_for_data_is_told(config, monkeypatch):
     clock = itertools.count(step=3)  # a batch takes as long as a step
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: next(clock))
     waits.clear()
-    Trainer(config("again")).run(lambda step, metrics: waits.append(metrics["data_wait"]))
-    assert waits == pytest.approx([50] * 6)
+    again = Trainer(config("again"))
+    again.run(lambda step, metrics: waits.append(metrics["data_wait"]))
+    assert waits == pytest.approx([50] * 6) and again.data_wait == pytest.approx(50)
+    last = Trainer(config("last", steps=2))
+    ticks = iter([0, 1000, 1001, 1001, 1002, 1005])  # the first batch takes long, as workers start
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: next(ticks))
+    last.run()
+    assert last.data_wait == pytest.approx(25)
 
 
 def test_pictures_and_clips_in_turn(config, pictures, tmp_path):

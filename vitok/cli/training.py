@@ -14,6 +14,9 @@ from vitok.cli.progress import Display
 if TYPE_CHECKING:
     from vitok.train.config import TrainConfig
 
+MUCH_WAITING = 20.0
+"""Percentage of a run's time from which its input is called the limit."""
+
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
@@ -68,5 +71,8 @@ def _train(settings: TrainConfig, device: torch.device) -> None:
     for what, name in (("log", LOG), ("curves", CURVES), ("reconstructions", SHEETS)):
         if (trainer.out / name).exists():
             click.echo(f"{what} in {trainer.out / name}")
+    if trainer.data_wait > MUCH_WAITING:
+        waited = f"steps waited {trainer.data_wait:.0f}% of the time for data"
+        click.echo(f"{waited}; raise training field 'workers', which is {settings.workers}", err=True)
     if trainer.step < settings.steps:
         click.echo("stopped early; the same command goes on from here", err=True)

@@ -33,18 +33,27 @@ POINTS = 400
 
 
 class Pace:
-    """How fast the last ten steps or so were, and what for."""
+    """How fast the last ten steps or so were, and what for; and how long all of them waited."""
 
     def __init__(self) -> None:
         self._totals = [0.0, 0.0, 0.0, 0.0]
+        self._steps, self._waited, self._seconds = 0, 0.0, 0.0
 
     def add(self, waited: float, worked: float, images: int, operations: float) -> dict[str, float]:
         """Count a step in, by its seconds; returns `PACE`, the last as a percentage of the time."""
+        if self._steps:
+            self._waited, self._seconds = self._waited + waited, self._seconds + waited + worked
+        self._steps += 1
         new = (waited, worked, images, operations)
         self._totals = [0.9 * total + more for total, more in zip(self._totals, new, strict=True)]
         waited, worked, seen, done = self._totals
         seconds = waited + worked
         return dict(zip(PACE, (seen / seconds, done / seconds, 100 * waited / seconds), strict=True))
+
+    @property
+    def data_wait(self) -> float:
+        """Percentage of the time spent waiting for batches, over all steps but the first, for which workers start."""
+        return 100 * self._waited / self._seconds if self._seconds else 0.0
 
 
 class Log:

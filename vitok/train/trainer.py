@@ -124,7 +124,7 @@ class Trainer:
         bf16 = self.precision == "bf16"
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-        self.step = 0
+        self.step, self.data_wait = 0, 0.0
         if found:
             self._resume(found, about["step"])
 
@@ -150,7 +150,8 @@ class Trainer:
         `on_step` gets the number of steps done and the metrics of `train_step`; over the last ten steps or so
         `images_per_s`, which counts the frames of clips, over all ranks, `operations_per_s` of each rank (`operations`)
         and `data_wait`, the percentage of the time spent waiting for batches; and `skipped`, the number of files that
-        could not be read so far; the keys of the trainer's `skipped` say which.
+        could not be read so far; the keys of the trainer's `skipped` say which. At the end the trainer's `data_wait` is
+        the percentage over the whole run.
         """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -186,6 +187,7 @@ class Trainer:
                 records.show(self.step, self.data, self.reconstruct)
                 if last:
                     break
+            self.data_wait = self.ranks.mean({"data_wait": pace.data_wait}, self.device)["data_wait"]
 
     def train_step(self, batch: Batch, step: int) -> dict[str, float]:
         """One update on this rank's part of a batch of pictures or clips.
