@@ -401,6 +401,17 @@ def test_bad_input(vitok, options, photos, files, tmp_path, monkeypatch, change,
     assert (tmp_path / "occupied" / "mine.txt").read_text() == "mine"
 
 
+def test_a_folder_that_is_refused_stays_as_it_is(vitok, options, expected, tmp_path):
+    """With what lies there under the name that a cache in the making uses for itself."""
+    for folder, more in (("occupied", ()), ("expected", ("--seed", 1))):
+        (tmp_path / folder / STAGING).mkdir(parents=True)
+        (tmp_path / folder / STAGING / "mine.txt").write_text("mine")
+        (tmp_path / folder / "other.txt").write_text("mine")
+        before = contents(tmp_path / folder)
+        assert vitok(*options(folder, *more)).code == 2
+        assert contents(tmp_path / folder) == before
+
+
 def test_options_of_caches_need_a_format(vitok, photos, tmp_path):
     refused(vitok("encode", photos, "--out", tmp_path / "o", "--shard", 3), "--shard is of latent caches")
     refused(vitok("encode", photos, photos, "--out", tmp_path / "o", "--format", "npy"), "one data set, got 2")

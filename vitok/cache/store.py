@@ -107,18 +107,22 @@ class Store:
             os.close(descriptor)
 
     def begin(self, manifest: Manifest) -> list[int]:
-        """Take up a cache, or a new one: the shards that are still to be made. InputError if it holds anything else."""
-        self.clean()
+        """Take up a cache, or a new one: the shards that are still to be made.
+
+        InputError if the folder holds anything else, which stays as it is.
+        """
         there = self.manifest()
         if there is None:
             if other := min((name for name in os.listdir(self.root) if not name.startswith(".")), default=""):
                 raise InputError(
                     f"{self.root} holds other files, such as {other}, and no cache; choose an empty folder"
                 )
+            self.clean()
             self.write([(MANIFEST, manifest.to_bytes())])
             return list(range(manifest.shards))
         if difference := there.difference(manifest):
             raise InputError(f"{self.root} holds a cache made {difference}; choose another folder or remove it")
+        self.clean()
         missing = [shard for shard in range(manifest.shards) if not self._finished(shard)]
         with self._failures(""):  # what stands of them would say that they are finished
             for path in [*map(record_path, missing), *([SUMMARY] if missing else [])]:
