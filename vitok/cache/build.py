@@ -25,12 +25,14 @@ from vitok.cache.formats import FORMATS, Encoded, Format, Summary
 from vitok.cache.listing import Listing
 from vitok.cache.manifest import Manifest, Options, Record, Sample, Statistics, Unreadable, record_path, sums
 from vitok.cache.store import OWN, Store, check_path
+from vitok.config import listed
 from vitok.data.workers import stream
 from vitok.errors import InputError
 from vitok.model import ViTok
 from vitok.parallel import Ranks
 
 POLL_SECONDS = 0.2
+PATIENCE = 1800.0  # seconds in which no other rank has shown that it is at work, which it does after every batch
 
 
 class Progress(NamedTuple):
@@ -293,13 +295,36 @@ def build(
         if missing and encode is not None:
             encode(shards, model, missing, tell)
         elif missing:
-            shards.encode(Encoder(model, options), missing[ranks.rank :: ranks.count], workers, tell)
-        # Not by a collective call, which would time out where one rank is much slower than another.
-        while ranks.count > 1 and not all((store.root / record_path(shard)).exists() for shard in missing):
-            time.sleep(POLL_SECONDS)
+            with store.working(ranks.rank) as show:
+
+                def told(progress: Progress) -> None:
+                    if ranks.count > 1:
+                        show()
+                    tell(progress)
+
+                shards.encode(Encoder(model, options), missing[ranks.rank :: ranks.count], workers, told)
+        if ranks.count > 1:
+            wait_for_others(store, missing)
         ranks.wait()
         found = ranks.first(lambda: finish(store, manifest))
         return ranks.gathered([found] if found else [])[0]
+
+
+def wait_for_others(store: Store, missing: Sequence[int], patience: float = PATIENCE) -> None:
+    """Until these shards are recorded; InputError when those who make them show nothing for `patience` seconds.
+
+    Not by a collective call, which would time out where one rank is much slower than another.
+    """
+    shown, since = None, time.monotonic()
+    while missing := [shard for shard in missing if not (store.root / record_path(shard)).exists()]:
+        if (signs := (len(missing), store.at_work())) != shown:
+            shown, since = signs, time.monotonic()
+        elif time.monotonic() - since > patience:
+            raise InputError(
+                f"the ranks that make {listed(map(record_path, missing))} of {store.root} have shown nothing for "
+                f"{patience / 60:.0f} minutes; what is finished stays, and the same command goes on"
+            )
+        time.sleep(POLL_SECONDS)
 
 
 def finish(store: Store, manifest: Manifest) -> Statistics:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -173,6 +173,30 @@ class Store:
         """Remove what a kill has left."""
         with self._failures(STAGING), suppress(FileNotFoundError):
             shutil.rmtree(self.root / STAGING)
+
+    @contextmanager
+    def working(self, rank: int) -> Iterator[Callable[[], None]]:
+        """What a rank calls to show the others that it is at work, until the context ends."""
+        path = self.root / STAGING / f"rank-{rank}"
+
+        def show() -> None:
+            with suppress(OSError):  # a full disk is for those to tell who write what matters
+                path.parent.mkdir(exist_ok=True)
+                path.touch()
+
+        try:
+            yield show
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+    def at_work(self) -> dict[str, int]:
+        """Names of the ranks that are at work, and a number of each that changes as it goes on."""
+        found = {}
+        for path in (self.root / STAGING).glob("rank-*"):
+            with suppress(OSError):
+                found[path.name] = path.stat().st_mtime_ns
+        return found
 
     def _stage(self, staging: Path, path: str, content: bytes) -> tuple[Path, File]:
         check_path(path)
