@@ -282,55 +282,69 @@ def test_a_stopped_run_cleans_up_and_goes_on(vitok, beside, options, expected, t
     assert contents(tmp_path / "stopped") == expected
 
 
+# A rank that kills itself in the middle of its work, when it is about to flush a file or folder for the n-th time.
 KILLED_RANK = """
 import os, signal, sys
-from vitok.cache.store import Store
 from vitok.cli import main
 
-written, write = [], Store.write_shard
-def write_shard(store, record):
-    if os.environ["RANK"] == "1" and written:
+rank, left, flush = sys.argv.pop(1), int(sys.argv.pop(1)), os.fsync
+def counted(descriptor):
+    global left
+    left -= 1
+    if os.environ["RANK"] == rank and left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    written.append(record.shard)
-    write(store, record)
+    flush(descriptor)
 
-Store.write_shard = write_shard
+os.fsync = counted
 main()
 """
 
 
-def test_one_rank_of_two_killed(vitok, options, torchrun, expected, tmp_path):
+@pytest.mark.parametrize("rank, times", [(1, 1), *(pytest.param(rank, 3, marks=pytest.mark.long) for rank in (0, 1))])
+def test_one_rank_of_two_killed(options, torchrun, expected, tmp_path, rank, times):
     (tmp_path / "killed.py").write_text(KILLED_RANK)
     arguments = options("ranks", "--workers", "1")
-    result = torchrun(str(tmp_path / "killed.py"), *arguments)
-    assert result.returncode != 0 and "Signal 9" in result.stderr
-    done = {path.name for path in (tmp_path / "ranks" / "manifest").iterdir()}
-    assert "00001.json" in done and "00003.json" not in done
-    result = torchrun("--no-python", PROGRAM, *arguments)
-    assert result.returncode == 0, result.stderr
-    assert contents(tmp_path / "ranks") == expected
+    for moment in random.Random(rank).sample(range(14), times):  # of the 15 that a rank has at least
+        result = torchrun(str(tmp_path / "killed.py"), str(rank), str(moment), *arguments)
+        assert result.returncode != 0 and "Signal 9" in result.stderr, (moment, result.stderr)
+        assert not (tmp_path / "ranks" / "summary.json").exists()
+        result = torchrun("--no-python", PROGRAM, *arguments)
+        assert result.returncode == 0, (moment, result.stderr)
+        assert contents(tmp_path / "ranks") == expected, moment
+        shutil.rmtree(tmp_path / "ranks")
 
 
-def test_a_full_disk_loses_nothing_that_is_finished(vitok, options, expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers, moments", [(0, [6]), (1, [6]), pytest.param(0, None, marks=pytest.mark.long)])
+def test_a_full_disk_loses_nothing_that_is_finished(vitok, options, expected, tmp_path, monkeypatch, workers, moments):
+    """At those calls that flush to it, or at all there are."""
     calls, fsync = [], os.fsync
+    arguments, folder = options("full", "--workers", workers), tmp_path / "full"
 
-    def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) > 6:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
+    def run(room):
+        def flush(descriptor):
+            calls.append(descriptor)
+            if len(calls) > room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(descriptor)
 
-    for workers in (0, 1):
-        out = f"full{workers}"
+        calls.clear()
         with monkeypatch.context() as patched:
-            calls.clear()
-            patched.setattr(store.os, "fsync", full)
-            result = vitok(*options(out, "--workers", workers))
-        assert result.code == 2 and len(result.err.splitlines()) == 1, result
+            patched.setattr(store.os, "fsync", flush)
+            return vitok(*arguments)
+
+    if moments is None:
+        assert run(1000).code == 0
+        moments = range(len(calls) - 1)  # the last is of the folder of a cache that is whole, and may fail
+    for moment in moments:
+        shutil.rmtree(folder, ignore_errors=True)
+        result = run(moment)
+        assert result.code == 2 and len(result.err.splitlines()) == 1, (moment, result)
         assert "No space left on device; what is finished stays, and the same command goes on" in result.err
-        assert 0 < len(list((tmp_path / out / "manifest").iterdir())) < 6 and not (tmp_path / out / STAGING).exists()
-        assert vitok(*options(out, "--workers", workers)).code == 0
-        assert contents(tmp_path / out) == expected
+        assert not (folder / STAGING).exists() and not (folder / "summary.json").exists()
+        finished = {path: data for path, data in contents(folder).items() if path.startswith("manifest/")}
+        assert finished.items() <= expected.items() and (moment != 6 or 0 < len(finished) < 6)
+        assert vitok(*arguments).code == 0
+        assert contents(folder) == expected, moment
 
 
 # --- going on and refusing
