@@ -21,6 +21,7 @@ plain = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "plain_
 SIZES = {"width": 64, "hidden": 176, "depth": 2, "patch": 4, "channels": 6}
 HEADS = 2
 NAME = "w64_d2_h2-w64_d2_h2/1x4x6"
+QUERIES = "encoder_blocks.0.attn.norm_q.weight"
 
 
 def single(weights):
@@ -128,6 +129,12 @@ def test_what_does_not_fit_is_named(v2, v1, one_sentence):
         ({"encoder": {"x": torch.zeros(1)}}, "lacks weight(s) patch_embed.weight"),
         ({"encoder": v2["decoder"]}, "lacks weight(s) patch_embed.weight"),
         ({"encoder": v2["encoder"] | {"to_code.bias": torch.zeros(3)}}, "to_code.bias must be [6], got [3]"),
+        ({"encoder": v2["encoder"] | {"patch_embed.weight": torch.zeros(3)}}, "[width, elements of a patch], got [3]"),
+        ({"encoder": v2["encoder"] | {"to_code.weight": torch.tensor(0.0)}}, "must be [channels, width], got []"),
+        ({"encoder": v2["encoder"] | {QUERIES: torch.tensor(0.0)}}, f"{QUERIES} must be [width of a head], got []"),
+        ({"encoder": v2["encoder"] | {QUERIES: torch.zeros(0)}}, f"{QUERIES} must be [width of a head], got [0]"),
+        ({"encoder": v2["encoder"] | {"to_code.bias": torch.zeros(6, dtype=torch.int32)}}, "dtype, got int32"),
+        ({"only": "encoder"}, "of a published model and no files, got 'encoder'"),
     ):
         with pytest.raises(InputError) as error:
             load_vitok_v2(**(v2 | changes))
@@ -136,7 +143,9 @@ def test_what_does_not_fit_is_named(v2, v1, one_sentence):
         (v1 | {"posemb": torch.zeros(1, 4, 128)}, "'posemb', learned positions"),
         ({}, "no such ViTok weights"),
         (v1 | {"encoder_to_code.bias": torch.zeros(3)}, "encoder_to_code.bias must be [12], got [3]"),
-        (v1 | {"tubelet_embed.proj.weight": torch.zeros(3)}, "[width, 3, q, p, p]"),
+        (v1 | {"tubelet_embed.proj.weight": torch.zeros(3)}, "[width, 3, q, p, p], got [3]"),
+        (v1 | {"encoder_to_code.weight": torch.tensor(0.0)}, "[2 channels, width], got []"),
+        (v1 | {"encoder_to_code.bias": torch.zeros(12).long()}, "a floating-point dtype, got int64"),
     ):
         with pytest.raises(InputError) as error:
             load_vitok_v1(weights)
@@ -186,7 +195,13 @@ def test_published_names(v2_files, monkeypatch, one_sentence):
     load_vitok_v2(variant="350M-f16x64")
     assert asked == [("philippehansen/ViTok-v2-350M-f16x64", f"{part}.safetensors") for part in ("encoder", "decoder")]
 
-    def offline(repository, file):
+    asked.clear()
+    model = load_vitok_v2(variant="350M-f16x64", only="encoder")
+    assert asked == [("philippehansen/ViTok-v2-350M-f16x64", "encoder.safetensors")]
+    with pytest.raises(InputError, match="without its decoder"):
+        model.decode(torch.zeros(1, 6, 2, 2))
+
+    def offline(repository, file, **_):
         raise OSError("no network")
 
     monkeypatch.setattr(hub, "hf_hub_download", offline)
@@ -196,6 +211,9 @@ def test_published_names(v2_files, monkeypatch, one_sentence):
     with pytest.raises(InputError) as error:
         load_vitok_v2(variant="350M-f16x63")
     one_sentence(error.value, "did you mean '350M-f16x64'?")
+    with pytest.raises(InputError) as error:
+        vitok.load("hf:philippehansen/ViTok-v2-350M-f16x64")
+    one_sentence(error.value, "load_vitok_v2(variant='350M-f16x64')", "vitok convert v2 --variant 350M-f16x64")
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("350M-f16x64", 354_548_032), ("5B-f16x64", 4_994_721_600)])

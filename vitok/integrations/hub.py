@@ -87,10 +87,23 @@ def _on_hub(model: ViTok) -> Any:
 def model_folder(name: str, **options: Any) -> Path:
     """The local folder with the two files of "owner/name" or "owner/name@revision", both of one commit."""
     repository, revision = _parsed(name.removeprefix(HUB))
-    instead = f"put {CONFIG} and {WEIGHTS} from https://huggingface.co/{repository} in a folder and name the folder"
+    instead = _of_its_authors(repository) or (
+        f"put {CONFIG} and {WEIGHTS} from https://huggingface.co/{repository} in a folder and name the folder"
+    )
     folder = download(repository, CONFIG, instead, revision=revision, **options).parent
     download(repository, WEIGHTS, instead, revision=folder.name, **options)
     return folder
+
+
+def _of_its_authors(repository: str) -> str:
+    """How ViTok-v2 as it is published is loaded, whose repositories hold other files; "" of any other repository."""
+    from vitok.integrations.published import PUBLISHED, REPOSITORY
+
+    variant = next((name for name in PUBLISHED if REPOSITORY.format(name) == repository), "")
+    return variant and (
+        f"load it by vitok.integrations.load_vitok_v2(variant={variant!r}), or make a model directory of it by "
+        f"vitok convert v2 --variant {variant} --out FOLDER"
+    )
 
 
 def download(repository: str, file: str, instead: str, **options: Any) -> Path:

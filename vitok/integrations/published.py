@@ -34,6 +34,7 @@ PUBLISHED = {
 """Names of ViTok-v2 models on the Hugging Face hub, and their variants."""
 REPOSITORY = "philippehansen/ViTok-v2-{}"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+PARTS = ("encoder", "decoder")
 Converted = Iterator[tuple[str, Tensor]]
 
 
@@ -42,6 +43,7 @@ def load_vitok_v2(
     decoder: Source | None = None,
     *,
     variant: str = "",
+    only: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
@@ -52,12 +54,15 @@ def load_vitok_v2(
         encoder, decoder: its two parts. With one alone the model does that half, and says so when asked for the other.
         variant: such as "Ld4-Ld24/1x16x64"; without it sizes are read off the weights. Without any file the name of a
             published model, such as "350M-f16x64", which huggingface_hub fetches.
+        only: "encoder" or "decoder", to fetch that half of a published model alone.
         allow_pickle: also take files that are pickles; torch's loader then admits nothing but tensors.
 
     Raises InputError for keys that lack or are unknown, shapes that do not fit, and what cannot be read or fetched.
     """
+    if only is not None and (only not in PARTS or encoder is not None or decoder is not None):
+        raise InputError(f"only must be 'encoder' or 'decoder', of a published model and no files, got {only!r}")
     if encoder is None and decoder is None:
-        encoder, decoder = (_fetch(variant, part) for part in ("encoder", "decoder"))
+        encoder, decoder = (_fetch(variant, part) if only in (None, part) else None for part in PARTS)
     variant = PUBLISHED.get(variant, variant)
     with ExitStack() as files:
         parts = {
@@ -172,12 +177,20 @@ class _Weights:
         self._read |= dict.fromkeys(shapes, read)
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._read[key](key).to(device=self.device, dtype=self.dtype)
+        found = self._read[key](key)
+        if not found.is_floating_point():
+            kind = str(found.dtype).removeprefix("torch.")
+            raise InputError(f"{self.origin}: weight {key} must be of a floating-point dtype, got {kind}")
+        return found.to(device=self.device, dtype=self.dtype)
 
-    def shape(self, key: str) -> tuple[int, ...]:
+    def shape(self, key: str, wanted: str) -> tuple[int, ...]:
+        """Of a weight that must have as many dimensions as the comma-separated names of `wanted`, all at least 1."""
         if key not in self.shapes:
             raise InputError(f"{self.origin} lacks weight(s) {key}: these are no such ViTok weights")
-        return self.shapes[key]
+        shape = self.shapes[key]
+        if len(shape) != len(wanted.split(",")) or 0 in shape:
+            raise InputError(f"{self.origin}: weight {key} must be [{wanted}], got {list(shape)}")
+        return shape
 
     def depth(self, prefix: str) -> int:
         """How many blocks there are whose keys begin so."""
@@ -264,12 +277,14 @@ def _v2_config(parts: Mapping[str, _Weights]) -> ViTokConfig:
     stacks, hidden, patch, channels = {}, {}, 0, 0
     for part, weights in parts.items():
         if part == "encoder":
-            (width, elements), channels = weights.shape("patch_embed.weight"), weights.shape("to_code.weight")[0]
+            width, elements = weights.shape("patch_embed.weight", "width, elements of a patch")
+            channels, _ = weights.shape("to_code.weight", "channels, width")
         else:
-            (elements, width), channels = weights.shape("to_pixels.weight"), weights.shape("decoder_embed.weight")[1]
-        head_dim = weights.shape(f"{part}_blocks.0.attn.norm_q.weight")[0]
+            elements, width = weights.shape("to_pixels.weight", "elements of a patch, width")
+            _, channels = weights.shape("decoder_embed.weight", "width, channels")
+        (head_dim,) = weights.shape(f"{part}_blocks.0.attn.norm_q.weight", "width of a head")
         stacks[part] = f"w{width}_d{weights.depth(f'{part}_blocks.')}_h{width // head_dim}"
-        hidden[f"{part}_hidden"] = weights.shape(f"{part}_blocks.0.ffn.fc2.weight")[1]
+        hidden[f"{part}_hidden"] = weights.shape(f"{part}_blocks.0.ffn.fc2.weight", "width, hidden")[1]
         patch = math.isqrt(elements // 3)
     for part in ("encoder", "decoder"):
         stacks.setdefault(part, "w64_d0_h1")
@@ -351,10 +366,10 @@ def _v1_config(weights: _Weights, heads: int | tuple[int, int] | None) -> tuple[
     for number, part in enumerate(("encoder", "decoder")):
         if embed[part] not in weights.shapes:
             continue
-        width, _, q, p, _ = _five(weights, embed[part])
+        width, _, q, p, _ = weights.shape(embed[part], "width, 3, q, p, p")
         own = heads[number] if isinstance(heads, tuple) else heads or width // 64
         stacks[part] = f"w{width}_d{weights.depth(f'{part}.blocks.')}_h{own}"
-        sizes[f"{part}_hidden"] = weights.shape(f"{part}.blocks.0.mlp.fc1.weight")[0]
+        sizes[f"{part}_hidden"] = weights.shape(f"{part}.blocks.0.mlp.fc1.weight", "hidden, width")[0]
         code[part] = (q, p)
         parts.append(part)
     if not parts:
@@ -362,22 +377,15 @@ def _v1_config(weights: _Weights, heads: int | tuple[int, int] | None) -> tuple[
             f"{weights.origin} lacks weight(s) {', '.join(embed.values())}: these are no such ViTok weights"
         )
     channels = (
-        weights.shape("encoder_to_code.weight")[0] // 2
+        weights.shape("encoder_to_code.weight", "2 channels, width")[0] // 2
         if "encoder" in parts
-        else weights.shape("code_to_decoder.weight")[1]
+        else weights.shape("code_to_decoder.weight", "width, channels")[1]
     )
     for part in ("encoder", "decoder"):
         stacks.setdefault(part, "w64_d0_h1")
     q, p = code[parts[0]]
     name = f"{stacks['encoder']}-{stacks['decoder']}/{q}x{p}x{channels}"
     return ViTokConfig.from_name(name, preset="author-v1", absolute="none", **sizes), tuple(parts)
-
-
-def _five(weights: _Weights, key: str) -> tuple[int, ...]:
-    shape = weights.shape(key)
-    if len(shape) != 5:
-        raise InputError(f"{weights.origin}: weight {key} must be [width, 3, q, p, p], got {list(shape)}")
-    return shape
 
 
 def _v1_block_shapes(prefix: str, stack: StackConfig) -> dict[str, tuple[int, ...]]:
