@@ -539,6 +539,32 @@ def test_a_hugging_face_data_set(vitok, options, photos, tmp_path):
     assert Store(tmp_path / "hf").opened().data["classes"] == ["no", "yes"]
 
 
+BUSY_CLUSTER = """
+import ray
+from vitok.cache import cluster
+from vitok.cli import main
+
+@ray.remote(num_cpus=1)
+class Other:
+    def works(self):
+        return True
+
+ray.init(num_cpus=1, log_to_driver=False)
+other = Other.remote()
+assert ray.get(other.works.remote())
+cluster.PATIENCE = 3.0
+main()
+"""
+
+
+@pytest.mark.long
+def test_a_busy_ray_cluster_is_not_waited_for_without_end(processes, options, tmp_path):
+    pytest.importorskip("ray")
+    (tmp_path / "busy.py").write_text(BUSY_CLUSTER)
+    result = processes.run([sys.executable, tmp_path / "busy.py", *options("ray", "--engine", "ray")])
+    assert result.returncode == 2 and "the Ray cluster is busy: no CPU was free within 3 seconds" in result.stderr
+
+
 @pytest.mark.long
 def test_ray_writes_the_same_bytes(processes, options, expected, tmp_path):
     pytest.importorskip("ray")

@@ -62,7 +62,8 @@ def fill(
 
     if len(inputs) != 1:
         raise InputError(f"--format makes a cache of one data set, got {len(inputs)}")
-    data, workers, engine = str(inputs[0]), given.pop("workers", _workers()), given.pop("engine", None)
+    data, engine = str(inputs[0]), given.pop("engine", None)
+    workers = given.pop("workers", MOST_WORKERS if engine else _workers())
     _check_apart(data, out)
     encode = _ray(workers) if engine == "ray" else None
     with joined(open_device(device)) as own:
