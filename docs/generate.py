@@ -92,9 +92,9 @@ def measured_with(row: dict[str, str]) -> str:
 def table(kind: str, columns: dict[str, str], chosen: Callable[[Rows], Rows] = list) -> str:
     """Columns {name: heading} of the rows of a kind, with what they were measured with."""
     lines = []
-    for rows in results(kind):
+    for rows in filter(None, map(chosen, results(kind))):
         lines += [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
-        for row in chosen(rows):
+        for row in rows:
             cells = [pretty(row[name]) for name in columns if not (row["refused"] and name == "ms_p50")]
             if row["refused"]:
                 cells.insert(list(columns).index("ms_p50"), row["refused"])
@@ -144,6 +144,18 @@ def caches() -> str:
             "workers": "workers", "pictures": "pictures", "ms_p50": "ms a picture, p50", "ms_p20": "p20",
             "images_per_s": "images/s", "percent_of_encode": "% of encode alone",
         },
+        lambda rows: [row for row in rows if not row.get("seconds")],
+    )  # fmt: skip
+
+
+def cache_samples() -> str:
+    """Rows of how many samples there are, which have seconds and no milliseconds of a picture."""
+    return table(
+        "cache",
+        {
+            "provider": "what", "pictures": "samples", "workers": "workers", "seconds": "s", "peak_mb": "peak MB",
+        },
+        lambda rows: [row for row in rows if row.get("seconds")],
     )  # fmt: skip
 
 
@@ -418,6 +430,7 @@ TABLES = {
     "training": training,
     "published": published,
     "caches": caches,
+    "cache_samples": cache_samples,
     "peers": peers,
     "scale": scale,
     "packed": packed,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitok.bench import caching, peers, published, series
+from vitok.bench import cache_samples, caching, peers, published, series
 from vitok.bench import models as suites
 from vitok.bench.machine import FACTS
 from vitok.cli import Stopped
@@ -264,17 +264,23 @@ def test_packed(vitok, tmp_path, monkeypatch):
 
 def test_cache(vitok, tmp_path, monkeypatch):
     monkeypatch.setattr(ViTok, "for_inference", FAST)
+    monkeypatch.setattr(cache_samples, "SAMPLES", 80)
     command = ("bench", "cache", PICTURES, "--size", "32", "--batch", "2,3", "--pictures", "5", "--workers", "0")
     result = vitok(*command, *QUICK, "--out", tmp_path)
     assert result.code == 0, result.err
     found = rows(tmp_path, "cache")
     assert list(found[0]) == list(caching.COLUMNS)
-    assert [(row["batch"], row["provider"]) for row in found] == list(
+    timed, many = found[:4], found[4:]
+    assert [(row["batch"], row["provider"]) for row in timed] == list(
         itertools.product("23", (caching.ENCODE, caching.CACHE))
     )
-    for row in found:
+    for row in timed:
         assert float(row["images_per_s"]) == pytest.approx(1e3 / float(row["ms_p50"]), rel=1e-2)
         assert (row["percent_of_encode"] == "100") == (row["provider"] == caching.ENCODE)
+    assert [(row["provider"], row["pictures"]) for row in many] == [
+        (cache_samples.FILL_PART, "10"), (cache_samples.FILL, "80"), (cache_samples.RESUME, "80"),
+    ]  # fmt: skip
+    assert all(float(row["seconds"]) > 0 and float(row["peak_mb"]) > 1 for row in many)
 
 
 def test_ops(vitok, tmp_path):

@@ -24,7 +24,7 @@ from vitok.cache.store import Store
 KEY = ("case", "size", "batch", "dtype")
 COLUMNS = (
     *KEY, "provider", "workers", "pictures", "ms_p20", "ms_p50", "ms_p95", "samples", "images_per_s",
-    "percent_of_encode", "refused", *FACTS,
+    "percent_of_encode", "seconds", "peak_mb", "refused", *FACTS,
 )  # fmt: skip
 ENCODE, CACHE = "encode alone", "cache"
 SHARDS = 4  # that the pictures make

@@ -29,7 +29,8 @@ SHOWN = {  # columns of the table on the terminal, of those that the rows have
     "percent_of_encode": "% of encode alone",
     "ratio_to_eager": "x eager", "ratio_to_reference": "x reference", "ratio_to_plain": "x plain",
     "ratio_to_read": "x read", "percent_of_uniform": "% of uniform",
-    "macs_ratio": "x MACs", "time_ratio": "x time", "peak_mb": "peak MB", "psnr_change_db": "PSNR dB", "refused": "",
+    "macs_ratio": "x MACs", "time_ratio": "x time", "seconds": "s", "peak_mb": "peak MB",
+    "psnr_change_db": "PSNR dB", "refused": "",
 }  # fmt: skip
 TEXT = ("case", "path", "dtype", "direction", "what", "provider", "layout", "refused")
 
@@ -307,8 +308,8 @@ def ops(part: str, **options: Any) -> None:
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that decode.")
 @run_options(20.0)
 def cache(name: str, size: int, batch: tuple[int, ...], pictures: int, workers: int, **options: Any) -> None:
-    """A latent cache filled from JPEG files beside encoding the same pictures from memory."""
-    from vitok.bench import caching, models
+    """A latent cache filled from JPEG files beside encoding the same pictures from memory; and one of many samples."""
+    from vitok.bench import cache_samples, caching, models
 
     device, dtype = open_device(options["device"]), options["dtype"]
     dtype = DTYPES[dtype] if dtype else models.default_dtype(device)
@@ -317,6 +318,8 @@ def cache(name: str, size: int, batch: tuple[int, ...], pictures: int, workers: 
         for each in batch
     ]
     jobs = [Job(suite.key, (caching.ENCODE, caching.CACHE), suite.measure) for suite in suites]
+    many = partial(cache_samples.measure, workers=workers)
+    jobs.append(Job(cache_samples.KEY, cache_samples.PROVIDERS, many))
     _run("cache", caching.COLUMNS, caching.KEY, jobs, device, options)
 
 
