@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,21 +29,6 @@ from vitok.ops._registry import preferring
 torch.set_num_threads(1)  # everything here is too small to share
 
 PROCESSES = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("processes.py"))))
-HANGS = 1800.0  # seconds after which a test must be stuck: none takes a quarter of it
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """A test that is stuck ends its process, which shows where; xdist then names the test and goes on."""
-    capture = item.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        shown = os.dup(2)
-    faulthandler.dump_traceback_later(HANGS, exit=True, file=shown)
-    try:
-        return (yield)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        os.close(shown)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ template <class Dot>
 struct Blocks {
     static constexpr int kRows = kRowsOf<Dot>;
     static constexpr int64_t kQueries = Dot::kTiles ? 64 : 48;
-    static constexpr int64_t kKeys = Dot::kTiles ? 256 : 384;  // a block of scores is 35 KB or 19 KB
+    static constexpr int64_t kKeys = Dot::kTiles ? 288 : 384;  // a block of scores is 39 KB or 19 KB
     static constexpr int64_t kScoreStride = kKeys + 16;
     static constexpr int kNumbers = (kRows + kLanes - 1) / kLanes * kLanes;  // one a row, in whole vectors
     static_assert(kKeys % kPanel == 0 && kQueries % kRows == 0, "blocks divide evenly");
@@ -57,7 +57,8 @@ void pack_values(const AttentionForward& g, int64_t b, int64_t h, int64_t first,
     }
 }
 
-// Raw scores of a tile's queries with the keys from `first` to `last`, both panel-aligned, and each row's largest.
+// Raw scores of a tile's queries with the keys from `first` to `last`, both panel-aligned, and each row's largest where sums are
+// made of vectors.
 template <class Dot>
 VITOK_INLINE void score(const typename Dot::Unit* queries, const Head<Dot>& head, int64_t depth, int64_t first, int64_t last,
                         float* scores, Lanes (&largest)[Blocks<Dot>::kRows]) {
@@ -65,6 +66,7 @@ VITOK_INLINE void score(const typename Dot::Unit* queries, const Head<Dot>& head
     for (Lanes& row : largest) row = lanes_set(kLowest);
     product<Dot>(queries, head.keys + first * depth, depth, last - first, scores, kScoreStride,
                  [&](int r, int64_t column, Lanes sum) __attribute__((always_inline)) {
+                     if constexpr (Dot::kTiles) return;  // they have been stored
                      lanes_store(scores + r * kScoreStride + column, sum);
                      largest[r] = lanes_max(sum, largest[r]);
                  });
@@ -72,17 +74,31 @@ VITOK_INLINE void score(const typename Dot::Unit* queries, const Head<Dot>& head
 
 // Takes out the keys that a row does not see.
 template <class Dot>
-__attribute__((noinline)) void mask(const Rows<Dot>& rows, int64_t first, int64_t last, float* scores,
-                                    Lanes (&largest)[Blocks<Dot>::kRows]) {
-    const float lowest = -__builtin_inff();
+__attribute__((noinline)) void mask(const Rows<Dot>& rows, int64_t first, int64_t last, float* scores) {
+    const auto clear = [](float* from, float* to) {
+        for (; to - from >= kLanes; from += kLanes) lanes_store(from, lanes_set(-__builtin_inff()));
+        for (; from < to; ++from) *from = -__builtin_inff();
+    };
     for (int r = 0; r < Blocks<Dot>::kRows; ++r) {
         float* const row = scores + r * Blocks<Dot>::kScoreStride;
         const int64_t begin = smaller(larger(rows.keys[r].begin, first), last) - first;
         const int64_t end = smaller(larger(rows.keys[r].end, first + begin), last) - first;
-        for (int64_t j = 0; j < begin; ++j) row[j] = lowest;
-        for (int64_t j = end; j < last - first; ++j) row[j] = lowest;
-        largest[r] = lanes_set(kLowest);
-        for (int64_t j = 0; j < last - first; j += kLanes) largest[r] = lanes_max(lanes_load(row + j), largest[r]);
+        clear(row, row + begin);
+        clear(row + end, row + last - first);
+    }
+}
+
+// The largest of each row's n scores.
+template <class Dot>
+VITOK_INLINE void find_largest(const float* scores, int64_t n, Lanes (&largest)[Blocks<Dot>::kRows]) {
+    for (int r = 0; r < Blocks<Dot>::kRows; ++r) {
+        const float* const row = scores + r * Blocks<Dot>::kScoreStride;
+        Lanes even = lanes_set(kLowest), odd = even;
+        for (int64_t j = 0; j < n; j += 2 * kLanes) {
+            even = lanes_max(lanes_load(row + j), even);
+            odd = lanes_max(lanes_load(row + j + kLanes), odd);
+        }
+        largest[r] = lanes_max(even, odd);
     }
 }
 
@@ -161,7 +177,7 @@ void attend(const AttentionForward& g, const Transform& transform, const Interva
     }
 
     const int64_t end = seen[stop - 1].end;
-    for (int64_t block = round_down(seen[start].begin, kKeys); block < end; block += kKeys) {
+    for (int64_t block = round_down(seen[start].begin, kPanel); block < end; block += kKeys) {
         for (int64_t t = 0; t < tiles; ++t) {
             Rows<Dot>& tile = rows[t];
             const int64_t first = larger(block, round_down(tile.keys[0].begin, kPanel));
@@ -170,7 +186,9 @@ void attend(const AttentionForward& g, const Transform& transform, const Interva
             Lanes largest[kRows];
             float correction[B::kNumbers];
             score<Dot>(queries + t * kRows * kRowStride, head, depth, first, last, scores, largest);
-            if (first < tile.keys[kRows - 1].begin || last > tile.keys[0].end) mask(tile, first, last, scores, largest);
+            const bool masked = first < tile.keys[kRows - 1].begin || last > tile.keys[0].end;
+            if (masked) mask(tile, first, last, scores);
+            if (Dot::kTiles || masked) find_largest<Dot>(scores, last - first, largest);
             soften<Dot>(tile, scale, last - first, scores, largest, correction);
             accumulate<Dot>(reinterpret_cast<const Unit*>(scores), B::kScoreStride, 1,
                             head.values + first / Dot::kElements * stride, stride, (last - first) / Dot::kElements,

@@ -125,7 +125,7 @@ constexpr float kLog2e = 0x1.715476p0f;
 // 2^x for finite x <= 128, 0 far below; NaN for NaN. To 2e-7, which is what fp32 sums of such weights can use.
 VITOK_INLINE Lanes exp2_weight(Lanes x) {
 #if defined(__AVX512F__)
-    const Lanes bounded = lanes_max(lanes_set(-200.0f), x);
+    const Lanes bounded = lanes_max(lanes_set(-126.0f), x);
     const Lanes n = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     const Lanes bounded = lanes_max(lanes_set(-126.0f), x);
@@ -140,7 +140,8 @@ VITOK_INLINE Lanes exp2_weight(Lanes x) {
     y = lanes_fma(y, f, lanes_set(0x1.62e428p-1f));
     y = lanes_fma(y, f, lanes_set(1.0f));
 #if defined(__AVX512F__)
-    return _mm512_scalef_ps(y, n);
+    // Only where the result is normal: to make it subnormal or zero, as of every key that is masked, takes ten times as long.
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, lanes_set(-125.0f), _CMP_NLT_UQ), y, n);
 #else
     // The integer n stands in the low bits of `shifted`: it goes to the exponent of y, which is from 0.7 to 1.42.
     const Lanes scaled = bits_lanes(lanes_bits(y) + (lanes_bits(shifted) << 23));

@@ -72,13 +72,14 @@ struct Target {
 };
 
 // A part of a panel, and the tiles of sums that its products with rows give. kRows rows are of a tile, and kPart steps are taken
-// through a panel at once, with as many rows of a block that the second cache holds both.
+// through a panel at once, with as many rows of a block that the second cache holds both. To bring a panel there takes as long
+// as kBringing tiles, or is hidden behind them.
 template <class Dot, bool kTiles = Dot::kTiles>
 class Product {
   public:
     static constexpr int kRows = 6;
     static constexpr int64_t kSummed = 256;  // products in one fp32 sum: the roundings of longer ones grow with their length
-    static constexpr int64_t kPart = 3 * kSummed;
+    static constexpr int64_t kPart = 3 * kSummed, kBringing = 0;
     static int64_t block(int64_t) { return 144; }
 
     void open(const typename Dot::Unit* panel, int64_t steps, int64_t, const int32_t* sums, typename Dot::Unit*) {
@@ -130,7 +131,7 @@ template <class Dot>
 class Product<Dot, true> {
   public:
     static constexpr int kRows = 2 * kTileRows;
-    static constexpr int64_t kPart = 1024;
+    static constexpr int64_t kPart = 1024, kBringing = 2;
     static int64_t block(int64_t steps) {  // of a megabyte
         return smaller(kPackedRows, larger((1 << 20) / 4 / larger(steps, 1) / kRows, 1) * kRows);
     }
@@ -289,10 +290,13 @@ void work(const PackedLinear& a, Interval groups, Interval panels, typename Dot:
 template <class Dot, class T>
 void forward(const PackedLinear& a) {
     const int64_t groups = ceil_div(a.rows, int64_t{Product<Dot>::kRows}), panels = a.shape().panels();
-    // Threads share the groups and, where these are few, the panels: as evenly as can be, with a group's own cost that of a panel.
+    // Threads share the groups and, where these are few, the panels: as evenly as can be. A group's own cost is that of its
+    // product with a panel; a panel costs as well what it takes to bring it for a block.
     int64_t shares = 1, least = INT64_MAX;
     for (int64_t n = 1; n <= a.threads; ++n) {
-        const int64_t cost = ceil_div(groups, a.threads / n) * (ceil_div(panels, n) + 1);
+        const int64_t high = ceil_div(groups, a.threads / n), wide = ceil_div(panels, n);
+        const int64_t blocks = ceil_div(high * Product<Dot>::kRows, kPackedRows);
+        const int64_t cost = high * (wide + 1) + blocks * wide * Product<Dot>::kBringing;
         if (cost < least) least = cost, shares = n;
     }
     const int64_t parts = a.threads / shares;
