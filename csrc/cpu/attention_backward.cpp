@@ -73,7 +73,8 @@ __attribute__((noinline)) void add_product(const typename Dot::Unit* a, const ty
         for (int64_t k = 0; k < depth; k += kLanes)
             for (int64_t r = 0; r < kRowsOf<Dot>; r += kLanes) {
                 Lanes x[kLanes];
-                for (int i = 0; i < kLanes; ++i) x[i] = lanes_load(reinterpret_cast<const float*>(a + (k + i) * kBlockStride + r));
+                for (int i = 0; i < kLanes; ++i)
+                    x[i] = lanes_load(reinterpret_cast<const float*>(a + (k + i) * kBlockStride + r));
                 turn(x);
                 for (int i = 0; i < kLanes; ++i) lanes_store(reinterpret_cast<float*>(rows + (r + i) * between + k), x[i]);
             }
@@ -142,7 +143,7 @@ void pair(const AttentionBackward& g, const Interval* seen, const Head<Dot>& hea
                                     (last - first) / each, stride, head.dq + (start + t) * stride);
     }
     if (!want_kv) return;
-    const int64_t queries = (Dot::kTiles ? tiles * kRows : ceil_div(stop - start, each) * each) / each, from = start / each * stride;
+    const int64_t queries = Dot::kTiles ? tiles * kRows / each : ceil_div(stop - start, each), from = start / each * stride;
     for (int64_t j = first; j < last; j += kRows) {
         add_product<Dot, true>(local.weights + j - first, head.grad_joined + from, queries, stride, head.dv + j * stride);
         add_product<Dot, true>(local.scores + j - first, head.q_joined + from, queries, stride, head.dk + j * stride);

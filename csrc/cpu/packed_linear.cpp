@@ -66,7 +66,8 @@ struct Target {
 
     VITOK_INLINE void fetch(Target& t) {
         if (t.rows <= 0) return;
-        for (int64_t byte = 0; byte < t.bytes; byte += 64) __builtin_prefetch(reinterpret_cast<const void*>(t.row + static_cast<uintptr_t>(byte)), 1);
+        for (uintptr_t line = t.row, end = line + static_cast<uintptr_t>(t.bytes); line < end; line += 64)
+            __builtin_prefetch(reinterpret_cast<const void*>(line), 1);
         t.row += static_cast<uintptr_t>(t.stride), --t.rows;
     }
 };
