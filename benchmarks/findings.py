@@ -177,7 +177,7 @@ def train(experiment: Experiment, data: str, pca: Callable[[int], PatchPCA], vgg
     torch.manual_seed(experiment.seed)
     model = create_model(experiment.model, channels=experiment.channels, **SWITCHES)
     if experiment.init == "pca":
-        init_from_pca(model, pca(experiment.patch))
+        init_from_pca(model, pca(experiment.patch), experiment.beta)
     if not experiment.steps:
         return model.eval()
     with tempfile.TemporaryDirectory() as folder:

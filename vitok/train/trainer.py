@@ -318,7 +318,8 @@ class Trainer:
             data = _batches(self.config)
             crops = PCA_CROPS * 256**2 // (self.config.batch * self.config.crop**2) + 1
             fit_on = (data[2**32 + i].clips for i in range(crops))
-            init_from_pca(self.model, fit_pca(fit_on, tubelet, min(width, self.model.config.tubelet_elements)))
+            pca = fit_pca(fit_on, tubelet, min(width, self.model.config.tubelet_elements))
+            init_from_pca(self.model, pca, self.config.beta)
         elif self.config.init != "random":
             start = load(self.config.init)
             if start.config.hash() != self.model.config.hash():
