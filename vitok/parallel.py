@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from vitok.errors import InputError
 
 T = TypeVar("T")
+
+GRACE_SECONDS = 0.5
+"""Gloo's threads live on while a module of DDP or FSDP holds the group. One that has yet to let go of the last tensors
+needs the interpreter for it, and aborts the process when that has begun to end."""
 
 
 class FailedElsewhere(InputError):
@@ -96,6 +101,8 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
+        if backend == "gloo":
+            time.sleep(GRACE_SECONDS)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
