@@ -45,9 +45,14 @@ def rope_table(coords: Tensor, grid: tuple[int, int, int], head_dim: int, kind: 
         t, y, x = coords.unbind(-1)
         angles = _angles((t * grid[1] + y) * grid[2] + x, head_dim, theta)
     else:
-        split = axis_channels(kind, head_dim)
-        angles = torch.cat([_angles(coords[:, axis], n, theta) for axis, n in enumerate(split)], dim=-1)
+        angles = axis_angles(coords, head_dim, kind, theta)
     return torch.stack((angles.cos(), angles.sin()))
+
+
+def axis_angles(coords: Tensor, head_dim: int, kind: str, theta: float) -> Tensor:
+    """By which "3d" and "2d" of `rope_table` rotate a head's pairs at coordinates [L, 3]: float32 [L, head_dim / 2]."""
+    split = axis_channels(kind, head_dim)
+    return torch.cat([_angles(coords[:, axis], n, theta) for axis, n in enumerate(split)], dim=-1)
 
 
 def sincos_table(coords: Tensor, width: int, theta: float = 10000.0) -> Tensor:

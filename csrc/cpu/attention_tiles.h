@@ -80,21 +80,20 @@ VITOK_INLINE void product(const typename Dot::Unit* a, const typename Dot::Unit*
 #endif
     } else {
         for (int64_t panel = 0; panel < columns; panel += kPanel) {
-            Lanes sum[kRows][kWide];
+            const auto chain = [&](int64_t at, Lanes(&chained)[kRows][kWide]) __attribute__((always_inline)) {
 #pragma GCC unroll 12
-            for (int r = 0; r < kRows; ++r)
+                for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-                for (int w = 0; w < kWide; ++w) sum[r][w] = lanes_set(0.0f);
-            const typename Dot::Unit* const b = panels + panel * depth;
-            multiply<Dot>(a, kRowStride, 1, b, kPanel, depth < kChain ? depth : kChain, sum);
+                    for (int w = 0; w < kWide; ++w) chained[r][w] = lanes_set(0.0f);
+                multiply<Dot>(a + at, kRowStride, 1, panels + panel * depth + at * kPanel, kPanel, smaller(depth - at, kChain),
+                              chained);
+            };
+            Lanes sum[kRows][kWide];
+            chain(0, sum);
             if constexpr (Dot::kElements == 1) {  // rows of pairs are no longer than kChain
                 for (int64_t at = kChain; at < depth; at += kChain) {
                     Lanes more[kRows][kWide];
-#pragma GCC unroll 12
-                    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-                        for (int w = 0; w < kWide; ++w) more[r][w] = lanes_set(0.0f);
-                    multiply<Dot>(a + at, kRowStride, 1, b + at * kPanel, kPanel, depth - at < kChain ? depth - at : kChain, more);
+                    chain(at, more);
 #pragma GCC unroll 12
                     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4

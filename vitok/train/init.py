@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +12,7 @@ from vitok.errors import InputError
 from vitok.evaluate.pca import PatchPCA
 from vitok.layers import Attention, FeedForward, Norm, Stack
 from vitok.model import ViTok
-from vitok.positions import axis_channels
+from vitok.positions import axis_angles, axis_channels
 
 NEIGHBOURS = ((0, 0, 1), (0, 0, -1), (0, 1, 0), (0, -1, 0), (0, 1, 1), (0, -1, -1), (0, 1, -1), (0, -1, 1))
 IN_TIME = (*NEIGHBOURS[:4], (1, 0, 0), (-1, 0, 0), *NEIGHBOURS[4:])
@@ -59,7 +57,8 @@ def init_from_pca(model: ViTok, pca: PatchPCA, beta: float) -> None:
         if isinstance(module, FeedForward):
             nn.init.zeros_(module.down.weight)
     channels = config.channels
-    deviation = pca.variances[:channels].sqrt().clamp(min=1e-4)
+    deviations = pca.variances[:kept].sqrt().clamp(min=1e-4)
+    deviation = deviations[:channels]
     constant = 2 * pca.variances.sum().sqrt()
     embed.weight[:kept] = pca.components[:kept]
     embed.bias[:kept] = -pca.components[:kept] @ pca.mean
@@ -74,7 +73,7 @@ def init_from_pca(model: ViTok, pca: PatchPCA, beta: float) -> None:
     decoder.unembed.weight[:, -1] = 0
     decoder.unembed.bias.copy_(pca.mean)
     for stack in (model.encoder.stack, model.decoder.stack):
-        _set_norms(stack, pca.variances[:kept].sqrt().clamp(min=1e-4), constant)
+        _set_norms(stack, deviations, constant)
         if config.qk_norm and config.rope in ("2d", "3d"):
             _look_at_neighbours(stack, config)
 
@@ -104,26 +103,21 @@ def _look_at_neighbours(stack: Stack, config: ViTokConfig) -> None:
     The fastest rotations of an axis tell neighbours best and have most of the energy, the slow ones tell turns apart.
     """
     several = config.clip_frames > config.temporal_patch
-    places = IN_TIME if several else NEIGHBOURS
-    head_dim, number = stack.stack.head_dim, 0
-    for module in stack.modules():
-        if not isinstance(module, Attention):
-            continue
-        assert module.q_norm is not None and module.k_norm is not None  # of a model with qk-norm
-        module.q_norm.fill_(2.0)
-        module.k_norm.fill_(2.0)
-        q, k, v = module.qkv.weight.view(3, module.heads, head_dim, -1)
+    places = torch.tensor(IN_TIME if several else NEIGHBOURS)
+    heads, head_dim = stack.stack.heads, stack.stack.head_dim
+    rotation = head_dim, config.rope, config.rope_theta
+    angles, speeds = axis_angles(places, *rotation), axis_angles(torch.ones(1, 3), *rotation)
+    size = 6 * speeds.sqrt()
+    if not several:
+        size[:, : axis_channels(config.rope, head_dim)[0] // 2] = 0
+    attentions = [module for module in stack.modules() if isinstance(module, Attention)]
+    for number, attention in enumerate(attentions):
+        assert attention.q_norm is not None and attention.k_norm is not None  # of a model with qk-norm
+        attention.q_norm.fill_(2.0)
+        attention.k_norm.fill_(2.0)
+        q, k, v = attention.qkv.weight.view(3, heads, head_dim, -1)
         q[:], k[:] = q / 10, k / 10  # of the content
-        for part in (q, k, v):
-            part[..., -1] = 0
-        for head in range(module.heads):
-            pair = 0
-            for axis, n in enumerate(axis_channels(config.rope, head_dim)):
-                for i in range(n // 2 if axis or several else 0):
-                    speed = config.rope_theta ** (-2 * i / n)
-                    angle, size = places[number % len(places)][axis] * speed, 6 * math.sqrt(speed)
-                    k[head, pair + i, -1] = size
-                    q[head, pair + i, -1] = size * math.cos(angle)
-                    q[head, pair + i + head_dim // 2, -1] = size * math.sin(angle)
-                pair += n // 2
-            number += 1
+        angle = angles[torch.arange(number * heads, (number + 1) * heads) % len(places)]
+        q[..., -1] = torch.cat((size * angle.cos(), size * angle.sin()), -1)
+        k[..., -1] = torch.cat((size, torch.zeros_like(size)), -1)
+        v[..., -1] = 0
