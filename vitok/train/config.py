@@ -16,7 +16,7 @@ from vitok.errors import InputError
 # The others have a field of their own here.
 OVERRIDES = {field.name for field in dataclasses.fields(ViTokConfig)} - {"name", "preset", "channels"}
 LIMITS: tuple[tuple[str, float, float], ...] = (
-    ("steps", 1, 2**32 - 1), ("batch", 1, 2**31), ("crop", 1, 2**16), ("short_side", 1, 2**16),
+    ("steps", 1, 2**32 - 1), ("pca_bases", 1, 64), ("batch", 1, 2**31), ("crop", 1, 2**16), ("short_side", 1, 2**16),
     ("save_every", 1, 2**32), ("log_every", 1, 2**32), ("sample_every", 0, 2**32), ("seed", 0, 2**32 - 1),
     ("workers", 0, 1024), ("warmup", 0, 2**32), ("beta", 0, 1e9),
     ("learning_rate", 0, 1e3), ("weight_decay", 0, 1e3), ("grad_clip", 1e-12, 1e12), ("betas", 0, 1 - 1e-12),
@@ -54,6 +54,9 @@ class TrainConfig:
     """Further fields of the model's config."""
     init: str = "random"
     """"random"; "pca": start as the best linear tokenizer (`vitok.train.init`); or a model directory to go on from."""
+    pca_bases: int = 1
+    """Of init "pca": how many linear tokenizers to start as, of which each tubelet takes the best
+    (`vitok.train.local_pca`). With more than one, `freeze_encoder` is needed for the code to last."""
     steps: int = 100_000
     """Optimizer steps."""
     batch: int = 32

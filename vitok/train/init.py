@@ -51,11 +51,7 @@ def init_from_pca(model: ViTok, pca: PatchPCA, beta: float) -> None:
         )
     if config.pixel_bias != "element":
         raise InputError("init 'pca' needs pixel_bias 'element', which holds the mean tubelet")
-    for module in model.modules():
-        if isinstance(module, Attention):
-            nn.init.zeros_(module.proj.weight)
-        if isinstance(module, FeedForward):
-            nn.init.zeros_(module.down.weight)
+    silence(model)
     channels = config.channels
     deviations = pca.variances[:kept].sqrt().clamp(min=1e-4)
     deviation = deviations[:channels]
@@ -65,7 +61,7 @@ def init_from_pca(model: ViTok, pca: PatchPCA, beta: float) -> None:
     embed.weight[-1], embed.bias[-1] = 0, constant
     bottleneck.to_moments.weight.zero_()
     bottleneck.to_moments.weight[:channels, :channels] = torch.diag(1 / deviation)
-    bottleneck.to_moments.bias[channels:] = _best_logvar(deviation, beta, len(pca.mean))
+    bottleneck.to_moments.bias[channels:] = best_logvar(deviation, beta, len(pca.mean))
     decoder.from_latents.weight.zero_()
     decoder.from_latents.weight[:channels] = torch.diag(deviation)
     decoder.from_latents.bias[-1] = constant
@@ -75,10 +71,19 @@ def init_from_pca(model: ViTok, pca: PatchPCA, beta: float) -> None:
     for stack in (model.encoder.stack, model.decoder.stack):
         _set_norms(stack, deviations, constant)
         if config.qk_norm and config.rope in ("2d", "3d"):
-            _look_at_neighbours(stack, config)
+            look_at_neighbours(stack, config)
 
 
-def _best_logvar(deviation: Tensor, beta: float, elements: int) -> Tensor:
+def silence(model: ViTok) -> None:
+    """Make every block the identity."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            nn.init.zeros_(module.proj.weight)
+        if isinstance(module, FeedForward):
+            nn.init.zeros_(module.down.weight)
+
+
+def best_logvar(deviation: Tensor, beta: float, elements: int) -> Tensor:
     """Of the posteriors of unit latents that are decoded with these factors: the minimum of
     deviation^2 var / elements + beta (var - log var) / (2 channels)."""
     ratio = 2 * len(deviation) * deviation.square() / elements
@@ -97,7 +102,7 @@ def _set_norms(stack: Stack, deviation: Tensor, constant: Tensor) -> None:
                 norm.weight[-1], norm.bias[-1] = 0, 1
 
 
-def _look_at_neighbours(stack: Stack, config: ViTokConfig) -> None:
+def look_at_neighbours(stack: Stack, config: ViTokConfig) -> None:
     """Queries and keys from the constant, with the angles to a neighbour between them.
 
     The fastest rotations of an axis tell neighbours best and have most of the energy, the slow ones tell turns apart.

@@ -31,6 +31,7 @@ from vitok.train.autoencoder import Autoencoder
 from vitok.train.config import TrainConfig
 from vitok.train.discriminator import Adversary, Discriminator
 from vitok.train.init import init_from_pca
+from vitok.train.local_pca import count_components, fit_local_pca, init_from_local_pca
 from vitok.train.losses import perceptual_loss, pixel_loss, predicted_frames, target_frames
 from vitok.train.optimizer import make_optimizer, set_optimizer_step
 from vitok.train.records import Pace, Records
@@ -314,12 +315,7 @@ class Trainer:
     def _start(self) -> None:
         """Give the model the weights that a run begins with; the same on all ranks."""
         if self.config.init == "pca":
-            tubelet, width = self.model.config.tubelet, self.model.config.encoder_width
-            data = _batches(self.config)
-            crops = PCA_CROPS * 256**2 // (self.config.batch * self.config.crop**2) + 1
-            fit_on = (data[2**32 + i].clips for i in range(crops))
-            pca = fit_pca(fit_on, tubelet, min(width, self.model.config.tubelet_elements))
-            init_from_pca(self.model, pca, self.config.beta)
+            self._start_from_pca()
         elif self.config.init != "random":
             start = load(self.config.init)
             if start.config.hash() != self.model.config.hash():
@@ -328,6 +324,21 @@ class Trainer:
                     f"{start.config.differences(self.model.config)}; give the run the same or another init"
                 )
             self.model.load_state_dict(start.state_dict())
+
+    def _start_from_pca(self) -> None:
+        model, bases, data = self.model.config, self.config.pca_bases, _batches(self.config)
+        crops = PCA_CROPS * 256**2 // (self.config.batch * self.config.crop**2) + 1
+
+        def batch(number: int) -> Tensor:
+            return data[2**32 + number].clips
+
+        if bases == 1:
+            pca = fit_pca(map(batch, range(crops)), model.tubelet, min(model.encoder_width, model.tubelet_elements))
+            init_from_pca(self.model, pca, self.config.beta)
+        else:
+            components, channels = count_components(model, bases), model.channels - bases + 1
+            local = fit_local_pca(batch, crops, model.tubelet, components, bases, channels)
+            init_from_local_pca(self.model, local, self.config.beta)
 
     def _resume(self, path: Path, step: int) -> None:
         self.step = step

@@ -1,0 +1,263 @@
+"""Starting a ViTok as several linear tokenizers at once, of which every tubelet takes the one that suits it.
+
+One basis cannot serve what stands still, what moves and what is smooth equally well. Local PCA has several, and codes a
+tubelet by the one that keeps most of it (Kambhatla and Leen, "Dimension reduction by local principal component
+analysis", Neural Computation 9, 1997). The feed-forward layers of a ViTok can do that to rounding: three of the encoder
+choose and code, one of the decoder decodes. Training begins there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitok.bottlenecks import GaussianBottleneck
+from vitok.config import ViTokConfig
+from vitok.errors import InputError
+from vitok.evaluate.pca import PatchPCA, fit_pca
+from vitok.layers import FeedForward, Norm, Stack
+from vitok.model import ViTok
+from vitok.ops import tubelet_gather
+from vitok.train.init import best_logvar, look_at_neighbours, silence
+
+SAMPLE = 1 << 17
+"""Tubelets that bases are fitted on, about."""
+ROUNDS = 20
+"""Of choosing a basis for each tubelet and fitting each basis to its tubelets."""
+GREY = 3e-4
+"""A mean squared error, of pixels in [-1, 1], below which tubelets weigh alike in a fit: 1.6 grey levels of 255."""
+CONSTANT = 3000.0
+"""What norms divide by, in units of all a token's coordinates: so large that content does not change it."""
+STEEP = 50.0
+"""Bases are mixed where the energies they keep, sums over a tubelet, differ by less than half of 1 / STEEP."""
+SHARP = 10.0
+"""Factor on the argument of SiLU that makes it a ramp: silu(SHARP x) / SHARP is max(x, 0) but for 0.028 near zero."""
+OPEN = 4.0
+"""The argument of SiLU in the decoder's gates where a flag is up: small, as what Adam changes is multiplied by it."""
+
+
+class LocalPCA(NamedTuple):
+    """`bases` [K, c, k]: orthonormal rows, in coordinates of `pca` (k components); the first is its first c components
+    and the others are turned to be as near to the first as they can. `coordinates` [N, k] of tubelets that were seen.
+    """
+
+    pca: PatchPCA
+    bases: Tensor
+    coordinates: Tensor
+
+    def choose(self, coordinates: Tensor) -> Tensor:
+        """The number of the basis that keeps most of each tubelet: [N, k] to int64 [N]."""
+        return torch.stack([(coordinates @ basis.T).square().sum(1) for basis in self.bases]).argmax(0)
+
+    def code(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates [N, k] in the chosen bases: (codes [N, c], numbers of the bases [N])."""
+        chosen = self.choose(coordinates)
+        codes = coordinates.new_empty(len(coordinates), self.bases.shape[1])
+        for number, basis in enumerate(self.bases):
+            codes[chosen == number] = coordinates[chosen == number] @ basis.T
+        return codes, chosen
+
+
+class Units(NamedTuple):
+    """Hidden units of a feed-forward layer, as maps of a token's channels: `down` @ (act(`gate` @ x) * (`up` @ x)).
+
+    `gate` and `up` [n, width], `down` [width, n]. Two units make a product exactly, as act(x) - act(-x) = x.
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+def count_components(config: ViTokConfig, bases: int) -> int:
+    """How many coordinates a token has room for, beside a constant and what choosing among `bases` takes."""
+    return min(config.encoder_width - 3 * bases + 1, config.decoder_width - bases, config.tubelet_elements)
+
+
+def fit_local_pca(
+    batch: Callable[[int], Tensor], batches: int, tubelet: tuple[int, int], components: int, bases: int, channels: int
+) -> LocalPCA:
+    """Fit `bases` bases of `channels` components each, inside the first `components` principal components.
+
+    A tubelet weighs one over the root of its error, between what mean squared error and what PSNR would have.
+
+    Args:
+        batch: gives uint8 pixels [B, T, H, W, 3] of a number below `batches`, the same whenever it is asked.
+    """
+    pca = fit_pca(map(batch, range(batches)), tubelet, components)
+    total = batches * batch(0).numel() // len(pca.mean)
+    z, energy = torch.empty(0, components), torch.empty(0)
+    for number in range(0, batches, -(-total // SAMPLE)):
+        rows = tubelet_gather(batch(number), tubelet=tubelet).flatten(0, 1) - pca.mean
+        z, energy = torch.cat((z, rows @ pca.components.T)), torch.cat((energy, rows.square().sum(1)))
+    kept = z[:, :channels].square().sum(1)[None]
+    chosen = torch.empty(len(z), dtype=torch.int64)
+    for number, part in enumerate((energy - kept[0]).argsort().chunk(bases)):
+        chosen[part] = number
+    for _ in range(ROUNDS):
+        error = energy - kept.max(0).values
+        weight = (error.clamp(min=0) + GREY * len(pca.mean)).rsqrt()
+        found = [_principal(z[chosen == number], weight[chosen == number], channels) for number in range(bases)]
+        kept = torch.stack([(z @ basis.T).square().sum(1) for basis in found])
+        chosen = kept.argmax(0)
+    found.sort(key=lambda basis: -((z @ basis.T).square().sum(1) >= kept.max(0).values).sum())
+    return _turned(pca, torch.stack(found), z)
+
+
+def _principal(z: Tensor, weight: Tensor, channels: int) -> Tensor:
+    scatter = (z * weight[:, None]).T.double() @ z.double()
+    return torch.linalg.eigh(scatter)[1].T.flip(0)[:channels].float()
+
+
+def _turned(pca: PatchPCA, bases: Tensor, z: Tensor) -> LocalPCA:
+    """Coordinates turned so that the first basis comes first and the rest are uncorrelated, bases aligned with it."""
+    first = bases[0].double()
+    rest = torch.eye(z.shape[1]).double() - first.T @ first
+    directions = torch.linalg.eigh(rest @ (z.T.double() @ z.double()) @ rest)[1].T.flip(0)[: len(rest) - len(first)]
+    turn = torch.cat((first, directions)).float()
+    z, bases = z @ turn.T, bases @ turn.T
+    for basis in bases:  # orthogonal Procrustes: the rotation that maximises the trace of basis @ first.T
+        u, _, vh = torch.linalg.svd(basis @ bases[0].T)
+        basis.copy_((u @ vh).T @ basis)
+    return LocalPCA(PatchPCA(pca.tubelet, pca.mean, turn @ pca.components, z.square().mean(0)), bases, z)
+
+
+@torch.no_grad()
+def init_from_local_pca(model: ViTok, local: LocalPCA, beta: float) -> None:
+    """Make `model` code each tubelet by the basis that keeps most of it.
+
+    A token holds coordinates, `scores` (how much more than the first each other basis keeps), for each basis by how
+    much others are ahead of it (`behind`), `flags` (1 for the basis taken, none for the first) and a constant. Latents
+    are the coordinates in the basis taken, scaled to unit variance, and the flags. Norms divide by the constant, which
+    stands for the bias of every map; queries and keys look at neighbours as in `vitok.train.init`.
+
+    The maps that choose are steep: an optimizer's steps on them destroy the code, so train with `freeze_encoder`.
+    Raises InputError when the model cannot hold this.
+    """
+    config, (pca, bases, z) = model.config, local
+    others, c, k = len(bases) - 1, bases.shape[1], bases.shape[2]
+    _check(config, len(bases), c, k)
+    silence(model)
+    deviations = pca.variances.sqrt().clamp(min=1e-4)
+    constant = CONSTANT * pca.variances.sum().sqrt()
+    encoder, decoder, change = model.encoder, model.decoder, bases[1:] - bases[0]
+
+    channels = torch.eye(config.encoder_width)
+    coordinates, scores, behind, flags, _, one = channels.split(
+        (k, others, others + 1, others, config.encoder_width - k - 3 * others - 2, 1)
+    )
+    one = one / constant
+    gains = _set_norms(encoder.stack, deviations, constant, flags.sum(0))
+    encoder.embed.weight.zero_()
+    encoder.embed.bias.zero_()
+    encoder.embed.weight[:k], encoder.embed.bias[:k] = pca.components, -pca.components @ pca.mean
+    encoder.embed.bias[-1] = constant
+    first, second, third, *_ = _feed_forwards(encoder.stack)
+    scatter = z.T @ z / len(z)
+    most = config.encoder_hidden // (2 * others)
+    _fill(first, gains, [
+        _form(basis.T @ basis - bases[0].T @ bases[0], scatter, most, coordinates, score)
+        for basis, score in zip(bases[1:], scores, strict=True)
+    ])  # fmt: skip
+    ahead = torch.cat((torch.zeros_like(one), scores))
+    _fill(second, gains, [
+        Units(SHARP * (STEEP * (ahead[b] - ahead[a]) + one / 2), one, behind[a, :, None] / (SHARP * STEEP))
+        for a in range(others + 1) for b in range(others + 1) if a != b
+    ])  # fmt: skip
+    _fill(third, gains, [
+        Units(
+            (SHARP * (one - STEEP * late)).expand(c + 1, -1), torch.cat((recode @ coordinates, one)),
+            torch.cat((coordinates[:c], flag[None])).T / SHARP,
+        ) for late, flag, recode in zip(behind[1:], flags, change, strict=True)
+    ])  # fmt: skip
+
+    code, chosen = local.code(z)
+    scale = code.square().mean(0).sqrt().clamp(min=1e-4)
+    share = torch.bincount(chosen, minlength=others + 1)[1:] / len(z)
+    spread = (share * (1 - share)).sqrt().clamp(min=1e-4)
+    moved = torch.stack([(code @ each).square().sum(1).mean().sqrt() for each in change])  # by a flag, in pixels
+    bottleneck, latents = encoder.bottleneck, torch.eye(config.channels)
+    assert isinstance(bottleneck, GaussianBottleneck)
+    mean, logvar = bottleneck.to_moments.weight.chunk(2)
+    mean[:c], mean[c:] = coordinates[:c] / scale[:, None], flags / spread[:, None]
+    logvar.zero_()
+    bottleneck.to_moments.bias.copy_(
+        torch.cat((0 * scale, -share / spread, best_logvar(torch.cat((scale, spread * moved)), beta, len(pca.mean))))
+    )
+
+    channels = torch.eye(config.decoder_width)
+    coordinates, flags = channels[:k], channels[k : k + others]
+    gains = _set_norms(decoder.stack, deviations, constant, torch.zeros(config.decoder_width))
+    decoder.from_latents.weight.copy_(coordinates[:c].T * scale @ latents[:c] + flags.T * spread @ latents[c:])
+    decoder.from_latents.bias.copy_(share @ flags + constant * channels[-1])
+    act = torch.nn.functional.silu(torch.tensor(OPEN))
+    _fill(_feed_forwards(decoder.stack)[0], gains, [
+        Units((OPEN * flag).expand(c, -1), coordinates[:c], (recode @ coordinates).T / act)
+        for flag, recode in zip(flags, change, strict=True)
+    ])  # fmt: skip
+    decoder.unembed.weight.copy_(pca.components.T @ coordinates)
+    decoder.unembed.bias.copy_(pca.mean)
+    for stack in (encoder.stack, decoder.stack):
+        if config.qk_norm and config.rope in ("2d", "3d"):
+            look_at_neighbours(stack, config)
+
+
+def _check(config: ViTokConfig, bases: int, c: int, k: int) -> None:
+    needed = {"bottleneck": "gaussian", "norm": "rms", "final_norm": True, "block": "serial", "gate": "silu",
+              "layer_scale": None, "absolute": "none", "pixel_bias": "element"}  # fmt: skip
+    if wrong := [name for name, value in needed.items() if getattr(config, name) != value]:
+        raise InputError(f"init 'pca' with several bases needs {wrong[0]} {needed[wrong[0]]!r} in the model's config")
+    units = max(bases * (bases - 1), (bases - 1) * (c + 1))
+    hidden = min(config.encoder_hidden, config.decoder_hidden)
+    if config.encoder_depth < 3 or hidden < units or k < c or c + bases - 1 != config.channels:
+        raise InputError(
+            f"init 'pca' with {bases} bases of {config.channels} channels needs an encoder of 3 blocks, {units} hidden "
+            f"units and wider stacks, got {config.encoder_depth} blocks, {config.encoder_hidden} and "
+            f"{config.decoder_hidden} hidden units, widths of {config.encoder_width} and {config.decoder_width}"
+        )
+
+
+def _feed_forwards(stack: Stack) -> list[FeedForward]:
+    return [module for module in stack.modules() if isinstance(module, FeedForward)]
+
+
+def _set_norms(stack: Stack, deviations: Tensor, constant: Tensor, kept: Tensor) -> Tensor:
+    """What norms multiply channels by, after division by the constant: returned for those in blocks, [width].
+
+    They lift small coordinates and make the constant 1; the last norm hands on coordinates and the channels `kept`.
+    """
+    width, k = stack.stack.width, len(deviations)
+    root = constant / width**0.5  # root mean square of a token
+    gains = torch.ones(width)
+    gains[:k], gains[-1] = (deviations * deviations.mean()).rsqrt(), 1 / constant
+    for norm in stack.modules():
+        if isinstance(norm, Norm):
+            norm.weight.copy_(root * gains)
+    assert stack.norm is not None
+    stack.norm.weight.copy_(root * kept)
+    stack.norm.weight[:k] = root
+    return gains
+
+
+def _form(form: Tensor, scatter: Tensor, most: int, coordinates: Tensor, channel: Tensor) -> Units:
+    """z' form z of coordinates, into a channel: a square for each of the `most` directions that matter most."""
+    values, vectors = torch.linalg.eigh(form.double())
+    values, vectors = values.float(), vectors.T.float()
+    matter = values.abs() * ((vectors @ scatter) * vectors).sum(1)
+    best = matter.argsort(descending=True)[:most]
+    read = vectors[best] @ coordinates
+    both = torch.cat((read, -read))
+    return Units(both, both, torch.outer(channel, values[best].repeat(2)))
+
+
+def _fill(layer: FeedForward, gains: Tensor, units: list[Units]) -> None:
+    """Set the layer's first hidden units, for tokens as they are before the norm; the rest stay without effect."""
+    gate = torch.cat([torch.atleast_2d(each.gate) for each in units])
+    up = torch.cat([torch.atleast_2d(each.up) for each in units])
+    hidden = layer.down.weight.shape[1]
+    layer.gate_up.weight[: len(gate)] = gate / gains
+    layer.gate_up.weight[hidden : hidden + len(up)] = up / gains
+    layer.down.weight[:, : len(gate)] = torch.cat([each.down for each in units], 1)
