@@ -90,6 +90,8 @@ def test_a_mixture(tmp_path):
         ({5: 2}, "unknown training field 5"),
         ({"stage": 3}, "'stage' must lie between 1 and 2"),
         ({"stage": 2}, "'init' must be its directory, got 'random'"),
+        ({"pca_bases": 2, "init": "pca"}, "freeze_encoder true, got init 'pca' and freeze_encoder false"),
+        ({"pca_bases": 2, "freeze_encoder": True}, "'pca_bases' above 1 needs init 'pca' and freeze_encoder true, got"),
         ({"stage": 2, "init": "pca"}, "'init' must be its directory, got 'pca'"),
         ({"eta": -1}, "'eta' must lie between 0"),
         ({"adversarial_weight": -1}, "'adversarial_weight' must lie between 0"),

@@ -217,6 +217,30 @@ def test_init_pca_equals_pca(config, monkeypatch, sizes):
         torch.testing.assert_close(reconstruction, pca.reconstruct(picture[:, None], 4)[:, :, 0], rtol=0, atol=2e-5)
 
 
+def test_several_pca_bases_start_a_decoder(config, monkeypatch):
+    """Which codes these pictures, all of a kind, about as well as one; the encoder stays, the decoder learns."""
+    monkeypatch.setattr(trainer_module, "PCA_CROPS", 16)
+    sizes = {"encoder_width": 64, "encoder_heads": 2, "encoder_depth": 3, "decoder_width": 64, "decoder_heads": 2,
+             "decoder_depth": 2, "norm": "rms", "pixel_bias": "element"}  # fmt: skip
+    fields = {"init": "pca", "pca_bases": 2, "freeze_encoder": True, "overrides": sizes, "channels": 12, "steps": 2}
+    run = Trainer(config(**fields))
+    start = {key: value.clone() for key, value in run.model.state_dict().items()}
+    pca = fit_pca((run.data[2**32 + i].clips for i in range(16 * 256**2 // (4 * 16**2) + 1)), (1, 8), 12)
+    pictures = torch.cat([run.data[2**32 + i].pixels for i in range(16)])
+
+    def error(reconstruction):
+        return (reconstruction - (pictures.movedim(-1, 1).float() * (2 / 255) - 1)).square().mean()
+
+    with torch.no_grad():
+        run.model.eval()
+        own = run.model.decode(run.model.encode(pictures, layout="channels_last").mode(), size=(16, 16))
+        assert error(own) < 1.1 * error(pca.reconstruct(pictures[:, None], 12)[:, :, 0])
+    run.run()
+    after = vitok.load(run.out / "model").state_dict()
+    moved = {key for key, value in after.items() if not torch.equal(value, start[key])}
+    assert moved and all(key.startswith("decoder.") for key in moved)
+
+
 def test_init_from_a_directory(config, tmp_path, sizes):
     source = vitok.create_model("S-S/8", channels=4, **sizes)
     source.save(tmp_path / "start")

@@ -56,7 +56,7 @@ class TrainConfig:
     """"random"; "pca": start as the best linear tokenizer (`vitok.train.init`); or a model directory to go on from."""
     pca_bases: int = 1
     """Of init "pca": how many linear tokenizers to start as, of which each tubelet takes the best
-    (`vitok.train.local_pca`). With more than one, `freeze_encoder` is needed for the code to last."""
+    (`vitok.train.local_pca`). More than one need `freeze_encoder`, as steps on the maps that choose would undo them."""
     steps: int = 100_000
     """Optimizer steps."""
     batch: int = 32
@@ -162,6 +162,11 @@ class TrainConfig:
                     f"training field 'overrides' must hold fields of the model's config, got {name!r}"
                     f"{suggest(str(name), OVERRIDES)}"
                 )
+        if self.pca_bases > 1 and (self.init != "pca" or not self.freeze_encoder):
+            raise InputError(
+                f"training field 'pca_bases' above 1 needs init 'pca' and freeze_encoder true, got init {self.init!r} "
+                f"and freeze_encoder {str(self.freeze_encoder).lower()}"
+            )
         if self.stage == 2 and self.init in ("random", "pca"):
             raise InputError(
                 "stage 2 trains the decoder of a stage-1 model: training field 'init' must be its directory, "

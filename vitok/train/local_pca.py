@@ -2,13 +2,13 @@
 
 One basis cannot serve what stands still, what moves and what is smooth equally well. Local PCA has several, and codes a
 tubelet by the one that keeps most of it (Kambhatla and Leen, "Dimension reduction by local principal component
-analysis", Neural Computation 9, 1997). The feed-forward layers of a ViTok can do that to rounding: three of the encoder
-choose and code, one of the decoder decodes. Training begins there.
+analysis", Neural Computation 9, 1997). The feed-forward layers of a ViTok can do that to rounding: those of the encoder
+choose and code, the decoder's first decodes. Training begins there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,8 +35,8 @@ STEEP = 50.0
 """Bases are mixed where the energies they keep, sums over a tubelet, differ by less than half of 1 / STEEP."""
 SHARP = 10.0
 """Factor on the argument of SiLU that makes it a ramp: silu(SHARP x) / SHARP is max(x, 0) but for 0.028 near zero."""
-OPEN = 4.0
-"""The argument of SiLU in the decoder's gates where a flag is up: small, as what Adam changes is multiplied by it."""
+OPEN = 8.0
+"""The argument of SiLU in the decoder's gates that are open: small, as what Adam changes is multiplied by it."""
 
 
 class LocalPCA(NamedTuple):
@@ -72,9 +72,15 @@ class Units(NamedTuple):
     down: Tensor
 
 
+def count_flags(bases: int) -> int:
+    """Channels that say which basis a tubelet takes: the bits of its number."""
+    return (bases - 1).bit_length()
+
+
 def count_components(config: ViTokConfig, bases: int) -> int:
     """How many coordinates a token has room for, beside a constant and what choosing among `bases` takes."""
-    return min(config.encoder_width - 3 * bases + 1, config.decoder_width - bases, config.tubelet_elements)
+    flags = count_flags(bases)
+    return min(config.encoder_width - 2 * bases - flags, config.decoder_width - 1 - flags, config.tubelet_elements)
 
 
 def fit_local_pca(
@@ -130,8 +136,8 @@ def init_from_local_pca(model: ViTok, local: LocalPCA, beta: float) -> None:
     """Make `model` code each tubelet by the basis that keeps most of it.
 
     A token holds coordinates, `scores` (how much more than the first each other basis keeps), for each basis by how
-    much others are ahead of it (`behind`), `flags` (1 for the basis taken, none for the first) and a constant. Latents
-    are the coordinates in the basis taken, scaled to unit variance, and the flags. Norms divide by the constant, which
+    much others are ahead of it (`behind`), `flags` (the bits of the number of the basis taken) and a constant. Latents
+    are the coordinates in the basis taken and the flags, scaled to unit variance. Norms divide by the constant, which
     stands for the bias of every map; queries and keys look at neighbours as in `vitok.train.init`.
 
     The maps that choose are steep: an optimizer's steps on them destroy the code, so train with `freeze_encoder`.
@@ -145,9 +151,10 @@ def init_from_local_pca(model: ViTok, local: LocalPCA, beta: float) -> None:
     constant = CONSTANT * pca.variances.sum().sqrt()
     encoder, decoder, change = model.encoder, model.decoder, bases[1:] - bases[0]
 
-    channels = torch.eye(config.encoder_width)
-    coordinates, scores, behind, flags, _, one = channels.split(
-        (k, others, others + 1, others, config.encoder_width - k - 3 * others - 2, 1)
+    bits = torch.arange(1, others + 1)[:, None] >> torch.arange(count_flags(others + 1)) & 1  # [K - 1, flags]
+    taken = k + 2 * others + 2 + bits.shape[1]
+    coordinates, scores, behind, flags, _, one = torch.eye(config.encoder_width).split(
+        (k, others, others + 1, bits.shape[1], config.encoder_width - taken, 1)
     )
     one = one / constant
     gains = _set_norms(encoder.stack, deviations, constant, flags.sum(0))
@@ -155,30 +162,32 @@ def init_from_local_pca(model: ViTok, local: LocalPCA, beta: float) -> None:
     encoder.embed.bias.zero_()
     encoder.embed.weight[:k], encoder.embed.bias[:k] = pca.components, -pca.components @ pca.mean
     encoder.embed.bias[-1] = constant
-    first, second, third, *_ = _feed_forwards(encoder.stack)
-    scatter = z.T @ z / len(z)
+    *scoring, comparing, coding = _feed_forwards(encoder.stack)
     most = config.encoder_hidden // (2 * others)
-    _fill(first, gains, [
-        _form(basis.T @ basis - bases[0].T @ bases[0], scatter, most, coordinates, score)
+    forms = [
+        _form(basis.T @ basis - bases[0].T @ bases[0], z.T @ z / len(z), most, coordinates, score)
         for basis, score in zip(bases[1:], scores, strict=True)
-    ])  # fmt: skip
+    ]
+    for layer in scoring:
+        if parts := [part for form in forms if (part := next(form, None))]:
+            _fill(layer, gains, parts)
     ahead = torch.cat((torch.zeros_like(one), scores))
-    _fill(second, gains, [
+    _fill(comparing, gains, [
         Units(SHARP * (STEEP * (ahead[b] - ahead[a]) + one / 2), one, behind[a, :, None] / (SHARP * STEEP))
         for a in range(others + 1) for b in range(others + 1) if a != b
     ])  # fmt: skip
-    _fill(third, gains, [
+    _fill(coding, gains, [
         Units(
             (SHARP * (one - STEEP * late)).expand(c + 1, -1), torch.cat((recode @ coordinates, one)),
-            torch.cat((coordinates[:c], flag[None])).T / SHARP,
-        ) for late, flag, recode in zip(behind[1:], flags, change, strict=True)
+            torch.cat((coordinates[:c], bit[None] @ flags)).T / SHARP,
+        ) for late, bit, recode in zip(behind[1:], bits.float(), change, strict=True)
     ])  # fmt: skip
 
     code, chosen = local.code(z)
     scale = code.square().mean(0).sqrt().clamp(min=1e-4)
-    share = torch.bincount(chosen, minlength=others + 1)[1:] / len(z)
+    share = torch.bincount(chosen, minlength=others + 1)[1:] / len(z) @ bits.float()
     spread = (share * (1 - share)).sqrt().clamp(min=1e-4)
-    moved = torch.stack([(code @ each).square().sum(1).mean().sqrt() for each in change])  # by a flag, in pixels
+    moved = torch.stack([(code @ each).square().sum(1).mean() for each in change]).mean().sqrt()  # by a flag, in pixels
     bottleneck, latents = encoder.bottleneck, torch.eye(config.channels)
     assert isinstance(bottleneck, GaussianBottleneck)
     mean, logvar = bottleneck.to_moments.weight.chunk(2)
@@ -188,15 +197,19 @@ def init_from_local_pca(model: ViTok, local: LocalPCA, beta: float) -> None:
         torch.cat((0 * scale, -share / spread, best_logvar(torch.cat((scale, spread * moved)), beta, len(pca.mean))))
     )
 
-    channels = torch.eye(config.decoder_width)
-    coordinates, flags = channels[:k], channels[k : k + others]
+    coordinates, flags, _, one = torch.eye(config.decoder_width).split(
+        (k, bits.shape[1], config.decoder_width - k - bits.shape[1] - 1, 1)
+    )
     gains = _set_norms(decoder.stack, deviations, constant, torch.zeros(config.decoder_width))
     decoder.from_latents.weight.copy_(coordinates[:c].T * scale @ latents[:c] + flags.T * spread @ latents[c:])
-    decoder.from_latents.bias.copy_(share @ flags + constant * channels[-1])
+    decoder.from_latents.bias.copy_(share @ flags + constant * one[0])
     act = torch.nn.functional.silu(torch.tensor(OPEN))
+    matches = (2 * bits - 1).float() @ flags - (
+        bits.sum(1, keepdim=True) - 1
+    ) * one / constant  # 1, of others 0 or less
     _fill(_feed_forwards(decoder.stack)[0], gains, [
-        Units((OPEN * flag).expand(c, -1), coordinates[:c], (recode @ coordinates).T / act)
-        for flag, recode in zip(flags, change, strict=True)
+        Units((OPEN * match).expand(c, -1), coordinates[:c], (recode @ coordinates).T / act)
+        for match, recode in zip(matches, change, strict=True)
     ])  # fmt: skip
     decoder.unembed.weight.copy_(pca.components.T @ coordinates)
     decoder.unembed.bias.copy_(pca.mean)
@@ -212,7 +225,7 @@ def _check(config: ViTokConfig, bases: int, c: int, k: int) -> None:
         raise InputError(f"init 'pca' with several bases needs {wrong[0]} {needed[wrong[0]]!r} in the model's config")
     units = max(bases * (bases - 1), (bases - 1) * (c + 1))
     hidden = min(config.encoder_hidden, config.decoder_hidden)
-    if config.encoder_depth < 3 or hidden < units or k < c or c + bases - 1 != config.channels:
+    if config.encoder_depth < 3 or hidden < units or k < c or c + count_flags(bases) != config.channels:
         raise InputError(
             f"init 'pca' with {bases} bases of {config.channels} channels needs an encoder of 3 blocks, {units} hidden "
             f"units and wider stacks, got {config.encoder_depth} blocks, {config.encoder_hidden} and "
@@ -242,15 +255,15 @@ def _set_norms(stack: Stack, deviations: Tensor, constant: Tensor, kept: Tensor)
     return gains
 
 
-def _form(form: Tensor, scatter: Tensor, most: int, coordinates: Tensor, channel: Tensor) -> Units:
-    """z' form z of coordinates, into a channel: a square for each of the `most` directions that matter most."""
+def _form(form: Tensor, scatter: Tensor, most: int, coordinates: Tensor, channel: Tensor) -> Iterator[Units]:
+    """z' form z of coordinates, into a channel: at most so many squares a layer, those that matter most first."""
     values, vectors = torch.linalg.eigh(form.double())
     values, vectors = values.float(), vectors.T.float()
-    matter = values.abs() * ((vectors @ scatter) * vectors).sum(1)
-    best = matter.argsort(descending=True)[:most]
-    read = vectors[best] @ coordinates
-    both = torch.cat((read, -read))
-    return Units(both, both, torch.outer(channel, values[best].repeat(2)))
+    order = (values.abs() * ((vectors @ scatter) * vectors).sum(1)).argsort(descending=True)
+    for best in order.split(most):
+        read = vectors[best] @ coordinates
+        both = torch.cat((read, -read))
+        yield Units(both, both, torch.outer(channel, values[best].repeat(2)))
 
 
 def _fill(layer: FeedForward, gains: Tensor, units: list[Units]) -> None:

@@ -31,7 +31,7 @@ from vitok.train.autoencoder import Autoencoder
 from vitok.train.config import TrainConfig
 from vitok.train.discriminator import Adversary, Discriminator
 from vitok.train.init import init_from_pca
-from vitok.train.local_pca import count_components, fit_local_pca, init_from_local_pca
+from vitok.train.local_pca import count_components, count_flags, fit_local_pca, init_from_local_pca
 from vitok.train.losses import perceptual_loss, pixel_loss, predicted_frames, target_frames
 from vitok.train.optimizer import make_optimizer, set_optimizer_step
 from vitok.train.records import Pace, Records
@@ -327,16 +327,17 @@ class Trainer:
 
     def _start_from_pca(self) -> None:
         model, bases, data = self.model.config, self.config.pca_bases, _batches(self.config)
-        crops = PCA_CROPS * 256**2 // (self.config.batch * self.config.crop**2) + 1
 
         def batch(number: int) -> Tensor:
             return data[2**32 + number].clips
+
+        crops = PCA_CROPS * 256**2 // batch(0).shape[:-1].numel() + 1  # batches of as many pixels
 
         if bases == 1:
             pca = fit_pca(map(batch, range(crops)), model.tubelet, min(model.encoder_width, model.tubelet_elements))
             init_from_pca(self.model, pca, self.config.beta)
         else:
-            components, channels = count_components(model, bases), model.channels - bases + 1
+            components, channels = count_components(model, bases), model.channels - count_flags(bases)
             local = fit_local_pca(batch, crops, model.tubelet, components, bases, channels)
             init_from_local_pca(self.model, local, self.config.beta)
 
