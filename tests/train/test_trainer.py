@@ -241,6 +241,21 @@ def test_several_pca_bases_start_a_decoder(config, monkeypatch):
     assert moved and all(key.startswith("decoder.") for key in moved)
 
 
+def test_init_pca_with_neighbours(config, monkeypatch, sizes):
+    """Their decoders begin with less error, on pictures that the fit has not seen."""
+    monkeypatch.setattr(trainer_module, "PCA_CROPS", 8)
+    overrides = sizes | {"final_norm": False, "pixel_bias": "element", "qk_norm": True}
+
+    def start_error(name, **fields):
+        run = Trainer(config(init="pca", overrides=overrides, out=f"{name}-run", **fields))
+        pictures = torch.cat([run.data[i].pixels for i in range(8)])
+        with torch.no_grad():
+            own = run.average.decode(run.average.encode(pictures, layout="channels_last").mode(), size=(16, 16))
+        return (own - (pictures.movedim(-1, 1).float() * (2 / 255) - 1)).square().mean()
+
+    assert start_error("fitted", pca_neighbours=64) < start_error("plain")
+
+
 def test_init_from_a_directory(config, tmp_path, sizes):
     source = vitok.create_model("S-S/8", channels=4, **sizes)
     source.save(tmp_path / "start")

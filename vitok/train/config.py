@@ -16,7 +16,8 @@ from vitok.errors import InputError
 # The others have a field of their own here.
 OVERRIDES = {field.name for field in dataclasses.fields(ViTokConfig)} - {"name", "preset", "channels"}
 LIMITS: tuple[tuple[str, float, float], ...] = (
-    ("steps", 1, 2**32 - 1), ("pca_bases", 1, 64), ("batch", 1, 2**31), ("crop", 1, 2**16), ("short_side", 1, 2**16),
+    ("steps", 1, 2**32 - 1), ("pca_bases", 1, 64), ("pca_neighbours", 0, 2**20),
+    ("batch", 1, 2**31), ("crop", 1, 2**16), ("short_side", 1, 2**16),
     ("save_every", 1, 2**32), ("log_every", 1, 2**32), ("sample_every", 0, 2**32), ("seed", 0, 2**32 - 1),
     ("workers", 0, 1024), ("warmup", 0, 2**32), ("beta", 0, 1e9),
     ("learning_rate", 0, 1e3), ("weight_decay", 0, 1e3), ("grad_clip", 1e-12, 1e12), ("betas", 0, 1 - 1e-12),
@@ -57,6 +58,9 @@ class TrainConfig:
     pca_bases: int = 1
     """Of init "pca": how many linear tokenizers to start as, of which each tubelet takes the best
     (`vitok.train.local_pca`). More than one need `freeze_encoder`, as steps on the maps that choose would undo them."""
+    pca_neighbours: int = 0
+    """Of init "pca": on how many samples the decoder is then fitted to what its heads see of neighbours, by least
+    squares (`vitok.train.neighbours`); 0 leaves its blocks as they are."""
     steps: int = 100_000
     """Optimizer steps."""
     batch: int = 32

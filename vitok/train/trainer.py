@@ -33,6 +33,7 @@ from vitok.train.discriminator import Adversary, Discriminator
 from vitok.train.init import init_from_pca
 from vitok.train.local_pca import count_components, count_flags, fit_local_pca, init_from_local_pca
 from vitok.train.losses import perceptual_loss, pixel_loss, predicted_frames, target_frames
+from vitok.train.neighbours import fit_neighbours
 from vitok.train.optimizer import make_optimizer, set_optimizer_step
 from vitok.train.records import Pace, Records
 
@@ -340,6 +341,10 @@ class Trainer:
             components, channels = count_components(model, bases), model.channels - count_flags(bases)
             local = fit_local_pca(batch, crops, model.tubelet, components, bases, channels)
             init_from_local_pca(self.model, local, self.config.beta)
+            pca = local.pca
+        if self.config.pca_neighbours:
+            seen = [batch(crops + i) for i in range(-(-self.config.pca_neighbours // self.config.batch))]
+            fit_neighbours(self.model, pca, seen, skip=int(bases > 1))
 
     def _resume(self, path: Path, step: int) -> None:
         self.step = step
