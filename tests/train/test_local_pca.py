@@ -121,6 +121,21 @@ def test_depends_on_nothing_but_the_tubelet_and_goes_through_a_file(make, local,
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"encoder_width": 16, "encoder_heads": 1, "channels": 12},
+        {"decoder_width": 16, "decoder_heads": 1, "channels": 16},
+        {"channels": 2},
+        {"encoder_depth": 2},
+    ],
+)
+def test_too_small_models_are_refused_before_anything_is_fitted(make, fields, one_sentence):
+    with pytest.raises(InputError) as error:
+        count_components(make(**fields).config, BASES)
+    one_sentence(error.value, "hidden units and wider stacks, got")
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"norm": "layer"}, "needs norm 'rms'"),

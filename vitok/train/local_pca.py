@@ -78,9 +78,14 @@ def count_flags(bases: int) -> int:
 
 
 def count_components(config: ViTokConfig, bases: int) -> int:
-    """How many coordinates a token has room for, beside a constant and what choosing among `bases` takes."""
+    """How many coordinates a token has room for, beside a constant and what choosing among `bases` takes.
+
+    Raises InputError when the model cannot hold so many bases.
+    """
     flags = count_flags(bases)
-    return min(config.encoder_width - 2 * bases - flags, config.decoder_width - 1 - flags, config.tubelet_elements)
+    count = min(config.encoder_width - 2 * bases - flags, config.decoder_width - 1 - flags, config.tubelet_elements)
+    _check(config, bases, config.channels - flags, count)
+    return count
 
 
 def fit_local_pca(
@@ -204,9 +209,8 @@ def init_from_local_pca(model: ViTok, local: LocalPCA, beta: float) -> None:
     decoder.from_latents.weight.copy_(coordinates[:c].T * scale @ latents[:c] + flags.T * spread @ latents[c:])
     decoder.from_latents.bias.copy_(share @ flags + constant * one[0])
     act = torch.nn.functional.silu(torch.tensor(OPEN))
-    matches = (2 * bits - 1).float() @ flags - (
-        bits.sum(1, keepdim=True) - 1
-    ) * one / constant  # 1, of others 0 or less
+    needed = (bits.sum(1, keepdim=True) - 1) * one / constant
+    matches = (2 * bits - 1).float() @ flags - needed  # 1 where the flags are these bits, else 0 or less
     _fill(_feed_forwards(decoder.stack)[0], gains, [
         Units((OPEN * match).expand(c, -1), coordinates[:c], (recode @ coordinates).T / act)
         for match, recode in zip(matches, change, strict=True)
@@ -225,7 +229,7 @@ def _check(config: ViTokConfig, bases: int, c: int, k: int) -> None:
         raise InputError(f"init 'pca' with several bases needs {wrong[0]} {needed[wrong[0]]!r} in the model's config")
     units = max(bases * (bases - 1), (bases - 1) * (c + 1))
     hidden = min(config.encoder_hidden, config.decoder_hidden)
-    if config.encoder_depth < 3 or hidden < units or k < c or c + count_flags(bases) != config.channels:
+    if config.encoder_depth < 3 or hidden < units or not 0 < c <= k or c + count_flags(bases) != config.channels:
         raise InputError(
             f"init 'pca' with {bases} bases of {config.channels} channels needs an encoder of 3 blocks, {units} hidden "
             f"units and wider stacks, got {config.encoder_depth} blocks, {config.encoder_hidden} and "
