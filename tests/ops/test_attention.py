@@ -101,10 +101,14 @@ def compare(impl, qkv, weights, table, mask, judge, seed=None):
     oracle = results("reference", *arguments, dtype=torch.float64)
     # The gradient of a score is p (grad . v - grad . out). A blocked kernel rounds the two products apart, where the
     # eager softmax subtracts equal numbers: with all weight on one key the difference is exactly 0 there and a rounding
-    # of the products here. So the products' own rounding is part of the floor.
+    # of the products here. So the products' own rounding is part of the floor: times the keys, and with norms their
+    # weights, by which keys are larger and through which a query's gradient goes back.
     products = (seed.double()[:, :, None] * qkv.double()[:, :, 2:]).abs().sum(-1).max()
     cancelled = torch.finfo(torch.float32 if qkv.dtype != torch.float64 else qkv.dtype).eps * products
     cancelled = cancelled * qkv[:, :, :2].double().abs().max() * qkv.shape[-1] ** -0.5
+    for weight in weights:
+        if weight is not None:
+            cancelled = cancelled * weight.double().abs().max().clamp(min=1)
     judge(ours[0], baseline[0], oracle[0])
     judge(ours[1], baseline[1], oracle[1], floor=cancelled.item())
     rows = qkv.shape[0] * qkv.shape[1] * qkv.shape[3]
