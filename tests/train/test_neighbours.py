@@ -67,7 +67,7 @@ def test_patches_apart_lose_nothing():
     model, pca = started(apart(200, seed=0), 1)
     unseen = apart(50, seed=9)
     error_before = error(model, unseen)
-    fit_neighbours(model, pca, [apart(400, seed=1)])
+    fit_neighbours(model, pca, [apart(1000, seed=1)])
     assert 0.9 * error_before < error(model, unseen) < 1.02 * error_before
 
 
