@@ -70,7 +70,7 @@ def init_from_pca(model: ViTok, pca: PatchPCA, beta: float) -> None:
     decoder.unembed.bias.copy_(pca.mean)
     for stack in (model.encoder.stack, model.decoder.stack):
         _set_norms(stack, deviations, constant)
-        if config.qk_norm and config.rope in ("2d", "3d"):
+        if can_look_at_neighbours(config):
             look_at_neighbours(stack, config)
 
 
@@ -100,6 +100,10 @@ def _set_norms(stack: Stack, deviation: Tensor, constant: Tensor) -> None:
                 norm.weight[-1] = spread / constant
             else:
                 norm.weight[-1], norm.bias[-1] = 0, 1
+
+
+def can_look_at_neighbours(config: ViTokConfig) -> bool:
+    return config.qk_norm and config.rope in ("2d", "3d")
 
 
 def look_at_neighbours(stack: Stack, config: ViTokConfig) -> None:

@@ -21,7 +21,7 @@ from vitok.evaluate.pca import PatchPCA, fit_pca
 from vitok.layers import FeedForward, Norm, Stack
 from vitok.model import ViTok
 from vitok.ops import tubelet_gather
-from vitok.train.init import best_logvar, look_at_neighbours, silence
+from vitok.train.init import best_logvar, can_look_at_neighbours, look_at_neighbours, silence
 
 SAMPLE = 1 << 17
 """Tubelets that bases are fitted on, about."""
@@ -70,6 +70,12 @@ class Units(NamedTuple):
     gate: Tensor
     up: Tensor
     down: Tensor
+
+
+def opened(gate: Tensor, up: Tensor, down: Tensor) -> Units:
+    """Units that add `down` @ `up` @ x where `gate` [width] @ x is 1, and nothing where it is 0 or -1 and less."""
+    act = torch.nn.functional.silu(torch.tensor(OPEN))
+    return Units((OPEN * gate).expand_as(up), up, down / act)
 
 
 def count_flags(bases: int) -> int:
@@ -175,13 +181,13 @@ def init_from_local_pca(model: ViTok, local: LocalPCA, beta: float) -> None:
     ]
     for layer in scoring:
         if parts := [part for form in forms if (part := next(form, None))]:
-            _fill(layer, gains, parts)
+            fill(layer, gains, parts)
     ahead = torch.cat((torch.zeros_like(one), scores))
-    _fill(comparing, gains, [
+    fill(comparing, gains, [
         Units(SHARP * (STEEP * (ahead[b] - ahead[a]) + one / 2), one, behind[a, :, None] / (SHARP * STEEP))
         for a in range(others + 1) for b in range(others + 1) if a != b
     ])  # fmt: skip
-    _fill(coding, gains, [
+    fill(coding, gains, [
         Units(
             (SHARP * (one - STEEP * late)).expand(c + 1, -1), torch.cat((recode @ coordinates, one)),
             torch.cat((coordinates[:c], bit[None] @ flags)).T / SHARP,
@@ -208,17 +214,16 @@ def init_from_local_pca(model: ViTok, local: LocalPCA, beta: float) -> None:
     gains = _set_norms(decoder.stack, deviations, constant, torch.zeros(config.decoder_width))
     decoder.from_latents.weight.copy_(coordinates[:c].T * scale @ latents[:c] + flags.T * spread @ latents[c:])
     decoder.from_latents.bias.copy_(share @ flags + constant * one[0])
-    act = torch.nn.functional.silu(torch.tensor(OPEN))
     needed = (bits.sum(1, keepdim=True) - 1) * one / constant
     matches = (2 * bits - 1).float() @ flags - needed  # 1 where the flags are these bits, else 0 or less
-    _fill(_feed_forwards(decoder.stack)[0], gains, [
-        Units((OPEN * match).expand(c, -1), coordinates[:c], (recode @ coordinates).T / act)
+    fill(_feed_forwards(decoder.stack)[0], gains, [
+        opened(match, coordinates[:c], (recode @ coordinates).T)
         for match, recode in zip(matches, change, strict=True)
     ])  # fmt: skip
     decoder.unembed.weight.copy_(pca.components.T @ coordinates)
     decoder.unembed.bias.copy_(pca.mean)
     for stack in (encoder.stack, decoder.stack):
-        if config.qk_norm and config.rope in ("2d", "3d"):
+        if can_look_at_neighbours(config):
             look_at_neighbours(stack, config)
 
 
@@ -270,7 +275,7 @@ def _form(form: Tensor, scatter: Tensor, most: int, coordinates: Tensor, channel
         yield Units(both, both, torch.outer(channel, values[best].repeat(2)))
 
 
-def _fill(layer: FeedForward, gains: Tensor, units: list[Units]) -> None:
+def fill(layer: FeedForward, gains: Tensor, units: list[Units]) -> None:
     """Set the layer's first hidden units, for tokens as they are before the norm; the rest stay without effect."""
     gate = torch.cat([torch.atleast_2d(each.gate) for each in units])
     up = torch.cat([torch.atleast_2d(each.up) for each in units])

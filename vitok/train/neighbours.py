@@ -18,7 +18,8 @@ from vitok.evaluate.pca import PatchPCA
 from vitok.layers import Attention, FeedForward, Norm, Places, SerialBlock
 from vitok.model import ViTok
 from vitok.ops import tubelet_gather
-from vitok.train.local_pca import OPEN
+from vitok.train.init import can_look_at_neighbours
+from vitok.train.local_pca import fill, opened
 
 FLOOR = 1e-4
 """A mean squared error, much above which clips weigh by its inverse, as in the pixel loss `log_l2`."""
@@ -42,7 +43,7 @@ def fit_neighbours(model: ViTok, pca: PatchPCA, batches: Sequence[Tensor], *, sk
     by axis.
     """
     decoder, config = model.decoder, model.config
-    if config.block != "serial" or not config.qk_norm or config.rope not in ("2d", "3d"):
+    if config.block != "serial" or not can_look_at_neighbours(config):
         raise InputError(
             f"to fit neighbours the model needs block 'serial', qk_norm true and rope '2d' or '3d', got "
             f"{config.block!r}, {str(config.qk_norm).lower()} and {config.rope!r}"
@@ -100,13 +101,9 @@ def _fit_feed_forward(norm: Norm, layer: FeedForward, tokens: list[Tensor], miss
     """A linear map of the token, by hidden units whose gates the constant holds open."""
     features = [norm(x)[0] for x in tokens]
     linear = _solved(*_normal(features, missing)).T.float()
-    count, width = linear.shape
-    hidden = layer.down.weight.shape[1]
-    used = min(width, hidden)
-    act = torch.nn.functional.silu(torch.tensor(OPEN))
-    layer.gate_up.weight[:used] = OPEN * torch.eye(width)[-1]
-    layer.gate_up.weight[hidden : hidden + used] = torch.eye(width)[:used]
-    layer.down.weight[:count, :used] = linear[:, :used] / act
+    channels = torch.eye(linear.shape[1])
+    read = channels[: layer.down.weight.shape[1]]  # as many as there are hidden units
+    fill(layer, torch.ones(len(channels)), [opened(channels[-1], read, channels[: len(linear)].T @ linear @ read.T)])
 
 
 def _gathered(attention: Attention, h: Tensor, places: Places) -> Tensor:

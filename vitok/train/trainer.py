@@ -333,7 +333,6 @@ class Trainer:
             return data[2**32 + number].clips
 
         crops = PCA_CROPS * 256**2 // batch(0).shape[:-1].numel() + 1  # batches of as many pixels
-
         if bases == 1:
             pca = fit_pca(map(batch, range(crops)), model.tubelet, min(model.encoder_width, model.tubelet_elements))
             init_from_pca(self.model, pca, self.config.beta)
