@@ -63,6 +63,15 @@ def test_smooth_pictures_gain_from_neighbours(bases):
     assert blocks == {f"decoder.stack.blocks.{number}" for number in range(bases - 1, 4)}
 
 
+def test_batches_of_several_sizes():
+    """As a mixture of pictures and clips gives them."""
+    model, pca = started(waves(200, seed=0), 1)
+    unseen = waves(50, seed=9)
+    error_before = error(model, unseen)
+    fit_neighbours(model, pca, [waves(100, seed=1)[:, :, :16, :20], waves(100, seed=2)])
+    assert error(model, unseen) < 0.85 * error_before
+
+
 def test_patches_apart_lose_nothing():
     model, pca = started(apart(200, seed=0), 1)
     unseen = apart(50, seed=9)

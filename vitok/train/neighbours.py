@@ -36,7 +36,7 @@ def fit_neighbours(model: ViTok, pca: PatchPCA, batches: Sequence[Tensor], *, sk
         model: as `vitok.train.init` or `vitok.train.local_pca` leaves it: tokens of its decoder hold coordinates in
             `pca`, and a constant in the last channel.
         pca: the components of those coordinates.
-        batches: uint8 pixels [B, T, H, W, 3] of one size.
+        batches: uint8 pixels [B, T, H, W, 3], of any sizes; pictures and clips may stand side by side.
         skip: blocks whose tokens are no coordinates yet.
 
     Raises InputError unless blocks are serial and heads look at neighbours, which takes qk-norm and rotary positions
@@ -50,19 +50,20 @@ def fit_neighbours(model: ViTok, pca: PatchPCA, batches: Sequence[Tensor], *, sk
         )
     clips = [part for batch in batches for part in batch.split(AT_ONCE)]
     count = min(len(pca.components), config.decoder_width - 1)
-    basis, grid = pca.components[:count], config.grid(*clips[0].shape[1:4])
+    basis = pca.components[:count]
     true = [(tubelet_gather(clip, tubelet=config.tubelet) - pca.mean) @ basis.T for clip in clips]
     codes = [model.encode(clip, layout="channels_last").mode().flatten(2).transpose(1, 2) for clip in clips]
-    tokens, placed = [], Places(None)
-    for code in codes:
-        x, placed = decoder.stack.placed(decoder.from_latents(code), grid)
-        tokens.append(x)
+    grids = [config.grid(*clip.shape[1:4]) for clip in clips]
+    placed = [decoder.stack.placed(decoder.from_latents(x), grid) for x, grid in zip(codes, grids, strict=True)]
+    tokens, places = [x for x, _ in placed], [place for _, place in placed]
     for number, block in enumerate(decoder.stack.blocks):
         assert isinstance(block, SerialBlock)
         if number >= skip:
             missing = [target - x[..., :count] for target, x in zip(true, tokens, strict=True)]
-            _fit_attention(block.attention_norm, block.attention, tokens, missing, placed)
-        tokens = [x + block.attention(block.attention_norm(x)[0], placed) for x in tokens]
+            _fit_attention(block.attention_norm, block.attention, tokens, missing, places)
+        tokens = [
+            x + block.attention(block.attention_norm(x)[0], place) for x, place in zip(tokens, places, strict=True)
+        ]
         if number >= skip:
             missing = [target - x[..., :count] for target, x in zip(true, tokens, strict=True)]
             _fit_feed_forward(block.feed_forward_norm, block.feed_forward, tokens, missing)
@@ -70,13 +71,14 @@ def fit_neighbours(model: ViTok, pca: PatchPCA, batches: Sequence[Tensor], *, sk
 
 
 def _fit_attention(
-    norm: Norm, attention: Attention, tokens: list[Tensor], missing: list[Tensor], places: Places
+    norm: Norm, attention: Attention, tokens: list[Tensor], missing: list[Tensor], places: list[Places]
 ) -> None:
     """Values and projection: for each head as many directions as it has channels, those that explain most."""
     heads, width, count = attention.heads, tokens[0].shape[-1], missing[0].shape[-1]
     channels = min(width // heads, count)  # of a head that are put to use
+    normed = [norm(x)[0] for x in tokens]
     features = [
-        torch.cat((_gathered(attention, h, places).flatten(-2), h), -1) for h in (norm(x)[0] for x in tokens)
+        torch.cat((_gathered(attention, h, place).flatten(-2), h), -1) for h, place in zip(normed, places, strict=True)
     ]  # the token itself as well, which the feed-forward adds; else heads would stand in for it
     gram, moment = _normal(features, missing)
     whole = _solved(gram, moment)
