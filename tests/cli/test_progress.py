@@ -105,3 +105,13 @@ def test_quiet_lines_without_a_terminal(capsys, monkeypatch):
         "two lines?[2J",
         "10 pictures, 0.50 pictures/s",
     ]
+
+
+def test_following_what_is_gone_through(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Display() as display:
+        for item in display.over("abc", "rounds", "bases"):
+            assert item in "abc"
+            now[0] += 8
+    assert capsys.readouterr().err.splitlines() == ["2/3 rounds, 0.12 rounds/s, 8 s left bases"]

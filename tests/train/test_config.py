@@ -100,7 +100,7 @@ def test_a_mixture(tmp_path):
         ({"discriminator_width": 0}, "'discriminator_width' must lie between 4"),
         ({"lecam_weight": float("nan")}, "'lecam_weight' must lie between 0"),
         ({"perceptual": True}, "'perceptual' must be str, got True"),
-        ({"steps": 0}, "'steps' must lie between 1 and"),
+        ({"steps": -1}, "'steps' must lie between 0 and"),
         ({"steps": "many"}, "'steps' must be int, got 'many'"),
         ({"steps": 1.5}, "'steps' must be int, got 1.5"),
         ({"batch": True}, "'batch' must be int, got True"),

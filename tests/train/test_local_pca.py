@@ -27,15 +27,15 @@ def make():
 
 @pytest.fixture
 def kinds():
-    """`kinds(count, seed)`: uint8 pictures [B, 1, 4, 4, 3], each from one of three subspaces of 6 dimensions, with a
-    little noise."""
+    """`kinds(count, seed, contrast)`: uint8 pictures [B, 1, 4, 4, 3], each from one of three subspaces of 6 dimensions,
+    with a little noise."""
     spaces = torch.linalg.qr(torch.randn(BASES, 48, 6, generator=torch.Generator().manual_seed(0)))[0]
 
-    def draw(count, seed=0):
+    def draw(count, seed=0, contrast=60):
         generator = torch.Generator().manual_seed(seed)
         space = spaces[torch.randint(BASES, (count,), generator=generator)]
         pictures = (space @ torch.randn(count, 6, 1, generator=generator))[..., 0] + 0.02 * torch.randn(count, 48)
-        return (127.5 + 60 * pictures).round().clamp(0, 255).to(torch.uint8).view(count, 1, 4, 4, 3)
+        return (127.5 + contrast * pictures).round().clamp(0, 255).to(torch.uint8).view(count, 1, 4, 4, 3)
 
     return draw
 
@@ -85,12 +85,14 @@ def test_bases_are_orthonormal_and_the_first_comes_first(local):
         assert torch.linalg.eigvalsh(product).min() > -1e-4
 
 
-def test_the_model_codes_by_the_best_basis(make, local, kinds):
-    model, clip = make(), kinds(400, seed=9)
+@pytest.mark.parametrize("contrast", [60, 6])
+def test_the_model_codes_by_the_best_basis(make, local, kinds, contrast):
+    """Also where bases keep nearly the same, as of what is faint or smooth."""
+    model, clip = make(), kinds(400, seed=9, contrast=contrast)
     init_from_local_pca(model, local, beta=1e-6)
     z = (rows_of(clip) - local.pca.mean) @ local.pca.components.T
     kept = torch.stack([(z @ basis.T).square().sum(1) for basis in local.bases]).sort(0).values
-    clear = kept[-1] - kept[-2] > 0.02
+    clear = kept[-1] - kept[-2] > 0.001
     assert clear.float().mean() > 0.9
     expected = through(local, clip).view(400, 4, 4, 3)
     found = reconstruct(model, clip).movedim(1, -1).reshape(400, 4, 4, 3)

@@ -223,7 +223,15 @@ def test_several_pca_bases_start_a_decoder(config, monkeypatch):
     sizes = {"encoder_width": 64, "encoder_heads": 2, "encoder_depth": 3, "decoder_width": 64, "decoder_heads": 2,
              "decoder_depth": 2, "norm": "rms", "pixel_bias": "element"}  # fmt: skip
     fields = {"init": "pca", "pca_bases": 2, "freeze_encoder": True, "overrides": sizes, "channels": 12, "steps": 2}
-    run = Trainer(config(**fields))
+    shown = []
+
+    def track(items, unit, label):
+        for item in items:
+            yield item
+            shown.append(label)
+
+    run = Trainer(config(**fields), track=track)
+    assert {"PCA", "bases"} <= set(shown), "what takes minutes can be followed"
     start = {key: value.clone() for key, value in run.model.state_dict().items()}
     pca = fit_pca((run.data[2**32 + i].clips for i in range(16 * 256**2 // (4 * 16**2) + 1)), (1, 8), 12)
     pictures = torch.cat([run.data[2**32 + i].pixels for i in range(16)])
@@ -254,6 +262,13 @@ def test_init_pca_with_neighbours(config, monkeypatch, sizes):
         return (own - (pictures.movedim(-1, 1).float() * (2 / 255) - 1)).square().mean()
 
     assert start_error("fitted", pca_neighbours=64) < start_error("plain")
+
+
+def test_no_steps_write_the_start(config, sizes):
+    run = Trainer(config(steps=0, init="pca", overrides=sizes | {"final_norm": False, "pixel_bias": "element"}))
+    start = {key: value.clone() for key, value in run.model.state_dict().items()}
+    run.run()
+    assert identical(vitok.load(run.out / "model").state_dict(), start)
 
 
 def test_init_from_a_directory(config, tmp_path, sizes):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 import click
 from rich.console import Console, RenderableType
@@ -13,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 QUIET_SECONDS = 10.0  # between lines where there is no terminal
+
+Item = TypeVar("Item")
 
 Advance = Callable[[int, str], None]
 """advance(count, label): so much more is done, and this is what it was."""
@@ -88,6 +91,13 @@ class Display(AbstractContextManager["Display"]):
             yield lambda count, label: bars.update(task, advance=count, description=one_line(label))
         finally:
             bars.remove_task(task)
+
+    def over(self, items: Sequence[Item], unit: str, label: str) -> Iterator[Item]:
+        """The items, followed with `track`."""
+        with self.track(len(items), unit, label) as advance:
+            for item in items:
+                yield item
+                advance(1, label)
 
 
 class _Lines:

@@ -37,14 +37,15 @@ def train(config: Path, assignments: tuple[str, ...], device: str | None) -> Non
 
 def _train(settings: TrainConfig, device: torch.device) -> None:
     from vitok.bench.timing import matmul_rate
+    from vitok.parallel import Ranks
     from vitok.train.records import CURVES, LOG, SHEETS, draw_curves, lacking
     from vitok.train.trainer import MODEL, Trainer
 
-    trainer = Trainer(settings, device)
-    if trainer.ranks.rank > 0:
-        trainer.run()  # the first rank does the talking
-        return
-    with Display() as display, display.track(settings.steps - trainer.step, "steps") as advance:
+    with Display(silent=Ranks.current().rank > 0) as display:
+        trainer = Trainer(settings, device, track=display.over)
+        if trainer.ranks.rank > 0:
+            trainer.run()  # the first rank does the talking
+            return
         told = 0
 
         def tell_skipped() -> None:
@@ -53,19 +54,21 @@ def _train(settings: TrainConfig, device: torch.device) -> None:
                 display.say(f"skipped: {problem}")
             told = len(trainer.skipped)
 
-        def on_step(step: int, m: dict[str, float]) -> None:
-            tell_skipped()
-            speed = f"{m['images_per_s']:.3g} images/s {100 * m['operations_per_s'] / fastest:.0f}% of matmul"
-            label = f"loss {m['loss']:.5f} psnr {m['psnr']:.2f} dB {speed} wait {m['data_wait']:.0f}%"
-            advance(1, f"{label} skipped {m['skipped']}" if told else label)
-
         tell_skipped()
         about = f"{trainer.parameters / 1e6:.2f} M parameters, {trainer.data.contents}"
         display.say(f"{about}, step {trainer.step} of {settings.steps}")
         for what in lacking():
             display.say(f"skipped {what}")
         fastest = matmul_rate(device, trainer.dtype)  # in operations a second
-        trainer.run(on_step)
+        with display.track(settings.steps - trainer.step, "steps") as advance:
+
+            def on_step(step: int, m: dict[str, float]) -> None:
+                tell_skipped()
+                speed = f"{m['images_per_s']:.3g} images/s {100 * m['operations_per_s'] / fastest:.0f}% of matmul"
+                label = f"loss {m['loss']:.5f} psnr {m['psnr']:.2f} dB {speed} wait {m['data_wait']:.0f}%"
+                advance(1, f"{label} skipped {m['skipped']}" if told else label)
+
+            trainer.run(on_step)
     draw_curves(trainer.out)
     click.echo(f"step {trainer.step} of {settings.steps}; averaged model in {trainer.out / MODEL}")
     for what, name in (("log", LOG), ("curves", CURVES), ("reconstructions", SHEETS)):

@@ -16,7 +16,7 @@ from vitok.errors import InputError
 # The others have a field of their own here.
 OVERRIDES = {field.name for field in dataclasses.fields(ViTokConfig)} - {"name", "preset", "channels"}
 LIMITS: tuple[tuple[str, float, float], ...] = (
-    ("steps", 1, 2**32 - 1), ("pca_bases", 1, 64), ("pca_neighbours", 0, 2**20),
+    ("steps", 0, 2**32 - 1), ("pca_bases", 1, 64), ("pca_neighbours", 0, 2**20),
     ("batch", 1, 2**31), ("crop", 1, 2**16), ("short_side", 1, 2**16),
     ("save_every", 1, 2**32), ("log_every", 1, 2**32), ("sample_every", 0, 2**32), ("seed", 0, 2**32 - 1),
     ("workers", 0, 1024), ("warmup", 0, 2**32), ("beta", 0, 1e9),
@@ -62,7 +62,7 @@ class TrainConfig:
     """Of init "pca": on how many samples the decoder is then fitted to what its heads see of neighbours, by least
     squares (`vitok.train.neighbours`); 0 leaves its blocks as they are."""
     steps: int = 100_000
-    """Optimizer steps."""
+    """Optimizer steps; with 0 the model is what a run starts with."""
     batch: int = 32
     """Pictures, or clips, a step, over all ranks."""
     accumulate: int = 1

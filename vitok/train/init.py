@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +20,14 @@ from vitok.positions import axis_angles, axis_channels
 NEIGHBOURS = ((0, 0, 1), (0, 0, -1), (0, 1, 0), (0, -1, 0), (0, 1, 1), (0, -1, -1), (0, 1, -1), (0, -1, 1))
 IN_TIME = (*NEIGHBOURS[:4], (1, 0, 0), (-1, 0, 0), *NEIGHBOURS[4:])
 """Where heads look from a token, in (t, y, x), in the order in which they are given out."""
+
+
+Track = Callable[[Sequence[Any], str, str], Iterable[Any]]
+"""track(items, unit, label) gives the items and may show how far it has come; a start takes minutes."""
+
+
+def untracked(items: Sequence[Any], unit: str, label: str) -> Iterable[Any]:
+    return items
 
 
 @torch.no_grad()

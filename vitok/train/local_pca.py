@@ -21,7 +21,7 @@ from vitok.evaluate.pca import PatchPCA, fit_pca
 from vitok.layers import FeedForward, Norm, Stack
 from vitok.model import ViTok
 from vitok.ops import tubelet_gather
-from vitok.train.init import best_logvar, can_look_at_neighbours, look_at_neighbours, silence
+from vitok.train.init import Track, best_logvar, can_look_at_neighbours, look_at_neighbours, silence, untracked
 
 SAMPLE = 1 << 17
 """Tubelets that bases are fitted on, about."""
@@ -31,8 +31,8 @@ GREY = 3e-4
 """A mean squared error, of pixels in [-1, 1], below which tubelets weigh alike in a fit: 1.6 grey levels of 255."""
 CONSTANT = 3000.0
 """What norms divide by, in units of all a token's coordinates: so large that content does not change it."""
-STEEP = 50.0
-"""Bases are mixed where the energies they keep, sums over a tubelet, differ by less than half of 1 / STEEP."""
+STEEP = 1000.0
+"""Bases are mixed where the energies they keep, sums over a tubelet, differ by less than 1 / STEEP."""
 SHARP = 10.0
 """Factor on the argument of SiLU that makes it a ramp: silu(SHARP x) / SHARP is max(x, 0) but for 0.028 near zero."""
 OPEN = 8.0
@@ -83,6 +83,17 @@ def count_flags(bases: int) -> int:
     return (bases - 1).bit_length()
 
 
+def matching(width: int, components: int, bases: int) -> Tensor:
+    """Maps of a token of the decoder behind a norm, [bases, width]: 1 where it takes that basis, else 0 or less."""
+    bits = _bits(bases)
+    flags, _, one = torch.eye(width)[components:].split((bits.shape[1], width - components - bits.shape[1] - 1, 1))
+    return (2 * bits - 1) @ flags - (bits.sum(1, keepdim=True) - 1) * one
+
+
+def _bits(bases: int) -> Tensor:
+    return (torch.arange(bases)[:, None] >> torch.arange(count_flags(bases)) & 1).float()
+
+
 def count_components(config: ViTokConfig, bases: int) -> int:
     """How many coordinates a token has room for, beside a constant and what choosing among `bases` takes.
 
@@ -95,7 +106,13 @@ def count_components(config: ViTokConfig, bases: int) -> int:
 
 
 def fit_local_pca(
-    batch: Callable[[int], Tensor], batches: int, tubelet: tuple[int, int], components: int, bases: int, channels: int
+    batch: Callable[[int], Tensor],
+    batches: int,
+    tubelet: tuple[int, int],
+    components: int,
+    bases: int,
+    channels: int,
+    track: Track = untracked,
 ) -> LocalPCA:
     """Fit `bases` bases of `channels` components each, inside the first `components` principal components.
 
@@ -104,17 +121,18 @@ def fit_local_pca(
     Args:
         batch: gives uint8 pixels [B, T, H, W, 3] of a number below `batches`, the same whenever it is asked.
     """
-    pca = fit_pca(map(batch, range(batches)), tubelet, components)
+    pca = fit_pca(map(batch, track(range(batches), "batches", "PCA")), tubelet, components)
     total = batches * batch(0).numel() // len(pca.mean)
     z, energy = torch.empty(0, components), torch.empty(0)
-    for number in range(0, batches, -(-total // SAMPLE)):
-        rows = tubelet_gather(batch(number), tubelet=tubelet).flatten(0, 1) - pca.mean
+    apart = -(-total // SAMPLE) | 1  # odd, so that they are no columns of tubelets
+    for number in track(range(batches), "batches", "tubelets for bases"):
+        rows = tubelet_gather(batch(number), tubelet=tubelet).flatten(0, 1)[::apart] - pca.mean
         z, energy = torch.cat((z, rows @ pca.components.T)), torch.cat((energy, rows.square().sum(1)))
     kept = z[:, :channels].square().sum(1)[None]
     chosen = torch.empty(len(z), dtype=torch.int64)
     for number, part in enumerate((energy - kept[0]).argsort().chunk(bases)):
         chosen[part] = number
-    for _ in range(ROUNDS):
+    for _ in track(range(ROUNDS), "rounds", "bases"):
         error = energy - kept.max(0).values
         weight = (error.clamp(min=0) + GREY * len(pca.mean)).rsqrt()
         found = [_principal(z[chosen == number], weight[chosen == number], channels) for number in range(bases)]
@@ -162,7 +180,7 @@ def init_from_local_pca(model: ViTok, local: LocalPCA, beta: float) -> None:
     constant = CONSTANT * pca.variances.sum().sqrt()
     encoder, decoder, change = model.encoder, model.decoder, bases[1:] - bases[0]
 
-    bits = torch.arange(1, others + 1)[:, None] >> torch.arange(count_flags(others + 1)) & 1  # [K - 1, flags]
+    bits = _bits(len(bases))[1:]  # [K - 1, flags]
     taken = k + 2 * others + 2 + bits.shape[1]
     coordinates, scores, behind, flags, _, one = torch.eye(config.encoder_width).split(
         (k, others, others + 1, bits.shape[1], config.encoder_width - taken, 1)
@@ -184,19 +202,19 @@ def init_from_local_pca(model: ViTok, local: LocalPCA, beta: float) -> None:
             fill(layer, gains, parts)
     ahead = torch.cat((torch.zeros_like(one), scores))
     fill(comparing, gains, [
-        Units(SHARP * (STEEP * (ahead[b] - ahead[a]) + one / 2), one, behind[a, :, None] / (SHARP * STEEP))
+        Units(SHARP * (STEEP * (ahead[b] - ahead[a]) + (b < a) * one), one, behind[a, :, None] / (SHARP * STEEP))
         for a in range(others + 1) for b in range(others + 1) if a != b
     ])  # fmt: skip
     fill(coding, gains, [
         Units(
             (SHARP * (one - STEEP * late)).expand(c + 1, -1), torch.cat((recode @ coordinates, one)),
             torch.cat((coordinates[:c], bit[None] @ flags)).T / SHARP,
-        ) for late, bit, recode in zip(behind[1:], bits.float(), change, strict=True)
+        ) for late, bit, recode in zip(behind[1:], bits, change, strict=True)
     ])  # fmt: skip
 
     code, chosen = local.code(z)
     scale = code.square().mean(0).sqrt().clamp(min=1e-4)
-    share = torch.bincount(chosen, minlength=others + 1)[1:] / len(z) @ bits.float()
+    share = torch.bincount(chosen, minlength=others + 1)[1:] / len(z) @ bits
     spread = (share * (1 - share)).sqrt().clamp(min=1e-4)
     moved = torch.stack([(code @ each).square().sum(1).mean() for each in change]).mean().sqrt()  # by a flag, in pixels
     bottleneck, latents = encoder.bottleneck, torch.eye(config.channels)
@@ -214,11 +232,9 @@ def init_from_local_pca(model: ViTok, local: LocalPCA, beta: float) -> None:
     gains = _set_norms(decoder.stack, deviations, constant, torch.zeros(config.decoder_width))
     decoder.from_latents.weight.copy_(coordinates[:c].T * scale @ latents[:c] + flags.T * spread @ latents[c:])
     decoder.from_latents.bias.copy_(share @ flags + constant * one[0])
-    needed = (bits.sum(1, keepdim=True) - 1) * one / constant
-    matches = (2 * bits - 1).float() @ flags - needed  # 1 where the flags are these bits, else 0 or less
     fill(_feed_forwards(decoder.stack)[0], gains, [
         opened(match, coordinates[:c], (recode @ coordinates).T)
-        for match, recode in zip(matches, change, strict=True)
+        for match, recode in zip(gains * matching(config.decoder_width, k, len(bases))[1:], change, strict=True)
     ])  # fmt: skip
     decoder.unembed.weight.copy_(pca.components.T @ coordinates)
     decoder.unembed.bias.copy_(pca.mean)

@@ -30,8 +30,8 @@ from vitok.train import checkpoints
 from vitok.train.autoencoder import Autoencoder
 from vitok.train.config import TrainConfig
 from vitok.train.discriminator import Adversary, Discriminator
-from vitok.train.init import init_from_pca
-from vitok.train.local_pca import count_components, count_flags, fit_local_pca, init_from_local_pca
+from vitok.train.init import Track, init_from_pca, untracked
+from vitok.train.local_pca import count_components, count_flags, fit_local_pca, init_from_local_pca, matching
 from vitok.train.losses import perceptual_loss, pixel_loss, predicted_frames, target_frames
 from vitok.train.neighbours import fit_neighbours
 from vitok.train.optimizer import make_optimizer, set_optimizer_step
@@ -58,6 +58,7 @@ class Trainer:
             weighted by `eta` like them. It maps two batches of pictures [B, 3, H, W], RGB in [-1, 1], float32 on
             `device`, to distances [B] or one for all of them, differentiable in the first; a network in it should be
             frozen and on the device. A run that began with one goes on only with one, the same if you give the same.
+        track: shows how far the start of a new run is (`vitok.train.init.Track`).
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         *,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+        track: Track = untracked,
     ) -> None:
         if perceptual is not None:
             if config.perceptual != "none":
@@ -98,7 +100,7 @@ class Trainer:
             )
         self.model = create_model(config.model, preset=config.preset, channels=config.channels, **config.overrides)
         if not found:
-            self._start()
+            self._start(track)
         self.model.to(self.device)
         self.average = copy.deepcopy(self.model).eval()
         self.frozen = config.freeze_encoder or config.stage == 2
@@ -313,10 +315,10 @@ class Trainer:
         exported.load_state_dict(weights, assign=True)
         exported.save(self.out / MODEL)
 
-    def _start(self) -> None:
+    def _start(self, track: Track) -> None:
         """Give the model the weights that a run begins with; the same on all ranks."""
         if self.config.init == "pca":
-            self._start_from_pca()
+            self._start_from_pca(track)
         elif self.config.init != "random":
             start = load(self.config.init)
             if start.config.hash() != self.model.config.hash():
@@ -326,7 +328,7 @@ class Trainer:
                 )
             self.model.load_state_dict(start.state_dict())
 
-    def _start_from_pca(self) -> None:
+    def _start_from_pca(self, track: Track) -> None:
         model, bases, data = self.model.config, self.config.pca_bases, _batches(self.config)
 
         def batch(number: int) -> Tensor:
@@ -334,16 +336,19 @@ class Trainer:
 
         crops = PCA_CROPS * 256**2 // batch(0).shape[:-1].numel() + 1  # batches of as many pixels
         if bases == 1:
-            pca = fit_pca(map(batch, range(crops)), model.tubelet, min(model.encoder_width, model.tubelet_elements))
+            seen = map(batch, track(range(crops), "batches", "PCA"))
+            pca = fit_pca(seen, model.tubelet, min(model.encoder_width, model.tubelet_elements))
             init_from_pca(self.model, pca, self.config.beta)
         else:
             components, channels = count_components(model, bases), model.channels - count_flags(bases)
-            local = fit_local_pca(batch, crops, model.tubelet, components, bases, channels)
+            local = fit_local_pca(batch, crops, model.tubelet, components, bases, channels, track)
             init_from_local_pca(self.model, local, self.config.beta)
             pca = local.pca
         if self.config.pca_neighbours:
-            seen = [batch(crops + i) for i in range(-(-self.config.pca_neighbours // self.config.batch))]
-            fit_neighbours(self.model, pca, seen, skip=int(bases > 1))
+            numbers = range(crops, crops - (-self.config.pca_neighbours // self.config.batch))
+            seen = map(batch, track(numbers, "batches", "tubelets for neighbours"))
+            classes = matching(model.decoder_width, min(model.decoder_width - 1, len(pca.components)), bases)
+            fit_neighbours(self.model, pca, seen, classes, skip=int(bases > 1), track=track)
 
     def _resume(self, path: Path, step: int) -> None:
         self.step = step
