@@ -35,23 +35,46 @@ def models() -> str:
     return "\n".join(lines)
 
 
-def heldout() -> str:
-    """Quality of `demo` beside PCA, and after 8-bit latents beside JPEG, from `vitok eval --json`."""
-    result = json.loads((RESULTS / "demo-heldout.json").read_text())
-    labels = {
-        "demo": "`demo`",
-        "PCA": f"PCA, {result['model']}",
-        "demo 8-bit": f"`demo`, latents of 8 bits: {result['bytes_8_bit']:,} bytes",
-        "JPEG": f"JPEG of at most as many bytes, {result['means']['JPEG']['bytes']:,.0f} on average",
-    }
-    lines = [
-        f"| {result['pictures']} held-out photographs, 256 x 256 | PSNR dB | SSIM | VGG-HED distance |",
-        "|---|---|---|---|",
-    ]
-    for name, label in labels.items():
-        mean = result["means"][name]
+def means(name: str) -> tuple[dict, dict[str, dict]]:
+    """A result of `vitok eval --json`, and of it the means by what was scored."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    return result, result["means"]
+
+
+def quality(scored: str, rows: dict[str, dict]) -> str:
+    """Means by label."""
+    lines = [f"| {scored} | PSNR dB | SSIM | VGG-HED distance |", "|---|---|---|---|"]
+    for label, mean in rows.items():
         lines.append(f"| {label} | {mean['psnr']:.2f} | {mean['ssim']:.4f} | {mean['vgg-hed']:.4f} |")
     return "\n".join(lines)
+
+
+def heldout() -> str:
+    """`demo` beside PCA, and after 8-bit latents beside JPEG."""
+    result, found = means("demo-heldout")
+    rows = {"`demo`": found["demo"], f"PCA, {result['model']}": found["PCA"]} | after_8_bits("demo", result)
+    return quality(f"{result['pictures']} held-out photographs, 256 x 256", rows)
+
+
+def heldout_clips() -> str:
+    """`demo-video` beside `demo` frame by frame and PCA, at as many floats, and after 8-bit latents beside JPEG."""
+    result, found = means("demo-video-clips")
+    frames, by_frame = means("demo-clips")
+    rows = {
+        f"`demo-video`, {result['model']}": found["demo-video"],
+        f"`demo`, {frames['model']}": by_frame["demo"],
+        f"PCA, {result['model']}": found["PCA"],
+        f"PCA, {frames['model']}": by_frame["PCA"],
+    } | after_8_bits("demo-video", result)
+    return quality(f"{result['clips']} held-out clips, {result['frames']} x 256 x 256", rows)
+
+
+def after_8_bits(model: str, result: dict) -> dict[str, dict]:
+    found = result["means"]
+    return {
+        f"`{model}`, latents of 8 bits: {result['bytes_8_bit']:,} bytes": found[f"{model} 8-bit"],
+        f"JPEG of at most as many bytes, {found['JPEG']['bytes']:,.0f} on average": found["JPEG"],
+    }
 
 
 def examples() -> str:
@@ -425,6 +448,7 @@ TABLES = {
     "ops": ops,
     "models": models,
     "heldout": heldout,
+    "heldout_clips": heldout_clips,
     "examples": examples,
     "whole_models": whole_models,
     "training": training,
@@ -446,7 +470,7 @@ TABLES = {
 }
 DOCUMENTS = (
     ROOT / "README.md",
-    ROOT / "vitok" / "weights" / "demo" / "README.md",
+    *sorted((ROOT / "vitok" / "weights").glob("*/README.md")),
     *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "findings", "flop-claim", "kernels")),
 )
 
