@@ -128,7 +128,7 @@ def test_a_stopped_run_says_so_and_goes_on(vitok, run, monkeypatch):
         ),
         (("perceptual=os.system",), "'perceptual' must be one of"),
         (("steps=many",), "'steps' must be int"),
-        (("steps=0",), "'steps'"),
+        (("steps=-1",), "'steps'"),
         (("pixel_loss=l7",), "l2"),
         (("overrides.encoder_dept=2",), "encoder_dep"),
         (("overrides.patch=[",), "overrides.patch"),
