@@ -123,11 +123,13 @@ def fit_local_pca(
     """
     pca = fit_pca(map(batch, track(range(batches), "batches", "PCA")), tubelet, components)
     total = batches * batch(0).numel() // len(pca.mean)
-    z, energy = torch.empty(0, components), torch.empty(0)
+    coordinates, energies = [], []
     apart = -(-total // SAMPLE) | 1  # odd, so that they are no columns of tubelets
     for number in track(range(batches), "batches", "tubelets for bases"):
         rows = tubelet_gather(batch(number), tubelet=tubelet).flatten(0, 1)[::apart] - pca.mean
-        z, energy = torch.cat((z, rows @ pca.components.T)), torch.cat((energy, rows.square().sum(1)))
+        coordinates.append(rows @ pca.components.T)
+        energies.append(rows.square().sum(1))
+    z, energy = torch.cat(coordinates), torch.cat(energies)
     kept = z[:, :channels].square().sum(1)[None]
     chosen = torch.empty(len(z), dtype=torch.int64)
     for number, part in enumerate((energy - kept[0]).argsort().chunk(bases)):

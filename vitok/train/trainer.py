@@ -345,7 +345,7 @@ class Trainer:
             init_from_local_pca(self.model, local, self.config.beta)
             pca = local.pca
         if self.config.pca_neighbours:
-            numbers = range(crops, crops - (-self.config.pca_neighbours // self.config.batch))
+            numbers = range(crops, crops + math.ceil(self.config.pca_neighbours / self.config.batch))
             seen = map(batch, track(numbers, "batches", "tubelets for neighbours"))
             classes = matching(model.decoder_width, min(model.decoder_width - 1, len(pca.components)), bases)
             fit_neighbours(self.model, pca, seen, classes, skip=int(bases > 1), track=track)
