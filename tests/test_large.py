@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -324,3 +327,16 @@ def test_a_picture_of_4096_pixels_takes_what_is_said(python, dtype, chunk):
         print(f"{got / 2**20:.0f} MiB, estimated {estimated / 2**20:.0f}, all at once {at_once / 2**20:.0f}")
         assert 0.8 <= estimated / got <= 1.25
         assert chunk is None or got < 0.7 * at_once
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="of glibc")
+def test_free_memory_goes_back():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    blocks = [torch.ones(25_000) for _ in range(2_000)]  # 200 MB in blocks that malloc keeps
+    last = blocks[-1]
+    blocks.clear()
+    before = resident()
+    memory.give_back()
+    assert before - resident() > 150e6 and last.sum() == 25_000

@@ -23,6 +23,12 @@ GRACE_SECONDS = 0.5
 needs the interpreter for it, and aborts the process when that has begun to end."""
 
 
+def own_cores() -> int:
+    """Those that this process may take: of its machine, shared out among the ranks there."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 class FailedElsewhere(InputError):
     """What the other ranks raise when the first has failed, which says so itself."""
 

@@ -22,7 +22,7 @@ def test_members_are_pictures_at_offsets(tmp_path, shard):
     first = {"0001.png": (1, 2, 3), "0001.txt": b"a caption", "0001.json": b"{}", "deep/0002.PNG": (4, 5, 6)}
     paths = [shard(tmp_path / "a.tar", first), shard(tmp_path / "b" / "b.tar", {"0003.png": (7, 8, 9)})]
     source = ShardPictures(tmp_path, paths)
-    assert source.names == ["a.tar/0001.png", "a.tar/deep/0002.PNG", "b/b.tar/0003.png"] and source.skipped == []
+    assert list(source.names) == ["a.tar/0001.png", "a.tar/deep/0002.PNG", "b/b.tar/0003.png"] and source.skipped == []
     for index, colour in ((2, (7, 8, 9)), (0, (1, 2, 3)), (1, (4, 5, 6))):
         assert (pixels(source, index) == torch.tensor(colour, dtype=torch.uint8)).all()
         assert pixels(source, index).shape == (24, 20, 3)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 
 import pytest
+from torch.utils.data import Dataset
+
+from vitok.data.workers import AHEAD, stream
 
 LIMIT = 120.0  # seconds
 # Both workers say who they are, and are stuck in their second item.
@@ -30,6 +34,20 @@ if __name__ == "__main__":
     elif sys.argv[1] == "waits":
         time.sleep(3600)
 """
+
+
+class Begun(Dataset):
+    """Items that leave a file when they are begun."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __getitem__(self, item):
+        (self.folder / str(item)).touch()
+        return item
+
+    def seen(self):
+        return sorted(int(path.name) for path in self.folder.iterdir())
 
 
 @pytest.fixture
@@ -65,3 +83,37 @@ def test_workers_end_at_once_with_an_owner_that_is_killed(processes, program):
         while any(map(is_there, workers)):
             assert time.monotonic() < end, "a worker outlives its owner"
             time.sleep(0.01)
+
+
+def wait_for(condition):
+    end = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_workers_run_ahead(tmp_path):
+    items = Begun(tmp_path)
+    answers = stream(items, range(10), 2)
+    assert next(answers) == 0
+    wait_for(lambda: items.seen() == list(range(2 * AHEAD + 1)))
+    assert list(answers) == list(range(1, 10))
+
+
+def test_workers_that_take_turns_rest_until_all_items_are_taken(tmp_path):
+    items = Begun(tmp_path)
+    answers = stream(items, range(9), 2, turns=True)
+    for taken in range(0, 8, 2):
+        assert next(answers) == taken and next(answers) == taken + 1
+        time.sleep(0.2)  # in which they would begin the next
+        assert items.seen() == list(range(taken + 2))
+    assert list(answers) == [8]
+
+
+def test_workers_that_rest_end_when_they_are_asked_to(tmp_path):
+    before = multiprocessing.active_children()
+    answers = stream(Begun(tmp_path), range(9), 2, turns=True)
+    assert next(answers) == 0
+    workers = [each for each in multiprocessing.active_children() if each not in before]
+    answers.close()
+    assert len(workers) == 2 and [each.exitcode for each in workers] == [0, 0]  # and were not killed

@@ -1,5 +1,7 @@
 """Filling a cache: decoding in worker processes, encoding on the device, writing in a thread, all at once.
 
+On a CPU decoding and encoding take turns where both would have all the cores.
+
 Shard k is samples [k S, (k + 1) S) of the listing, encoded in batches that never cross it. What it holds follows from
 the listing, its number, the model and the options alone, so any number of workers and processes writes the same bytes,
 and a run that was stopped goes on with the shards that have no record.
@@ -18,18 +20,29 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
+from vitok import memory
 from vitok.bottlenecks import PointPosterior
 from vitok.cache.formats import FORMATS, Encoded, Format, Summary
 from vitok.cache.listing import Listing
-from vitok.cache.manifest import Manifest, Options, Record, Sample, Statistics, Unreadable, record_path, sums
+from vitok.cache.manifest import (
+    Manifest,
+    Options,
+    Record,
+    Sample,
+    Statistics,
+    Unreadable,
+    exact_sums,
+    record_path,
+    sample_sums,
+)
 from vitok.cache.store import OWN, Store, check_path
 from vitok.config import listed
 from vitok.data.workers import stream
 from vitok.errors import InputError
 from vitok.model import ViTok
-from vitok.parallel import Ranks
+from vitok.parallel import Ranks, own_cores
 
 POLL_SECONDS = 0.2
 PATIENCE = 1800.0  # seconds in which no other rank has shown that it is at work, which it does after every batch
@@ -93,7 +106,8 @@ class Batches(Dataset[Decoded]):
             indices.append(index)
             sizes.append(size)
             pixels.append(sample)
-        return Decoded(shard, len(numbers), indices, sizes, unreadable, torch.stack(pixels) if pixels else None)
+        # Of a worker, stacked in the memory that it shares with who asks.
+        return Decoded(shard, len(numbers), indices, sizes, unreadable, default_collate(pixels) if pixels else None)
 
 
 class Waits(Iterator[Decoded]):
@@ -186,9 +200,11 @@ class Shards:
 
     def encode(self, encoder: Encoder, shards: Sequence[int], workers: int, tell: Tell = lambda _: None) -> None:
         """Make and record these shards; InputError when they cannot be written."""
-        items = [item for shard in shards for item in self.batches(shard)]
+        items = (item for shard in shards for item in self.batches(shard))
         total, begun = sum(len(self.samples(shard)) for shard in shards), time.perf_counter()
-        decoded = stream(Batches(self.listing, self.options.size), items, workers, pinned=encoder.device.type == "cuda")
+        gpu = encoder.device.type == "cuda"
+        turns = encoder.device.type == "cpu" and torch.get_num_threads() + workers > own_cores()
+        decoded = stream(Batches(self.listing, self.options.size), items, workers, pinned=gpu, turns=turns)
         waits = Waits(decoded)
         writing: Future[None] | None = None
         with ExitStack() as stack:
@@ -229,6 +245,7 @@ class Shards:
             pixels=torch.cat(pixels).movedim(-1, 1) if pixels else None,
         )  # fmt: skip
         write_encoded(self.store, self.format, shard, encoded, unreadable)
+        memory.give_back()
 
 
 def _joined(parts: Sequence[Any]) -> Any:
@@ -243,14 +260,19 @@ def _fetched(x: Tensor) -> Tensor:
 
 def write_encoded(store: Store, format: Format, shard: int, encoded: Encoded, unreadable: Sequence[Unreadable]) -> None:
     """Write the files of a shard, then its record."""
-    each = zip(encoded.mean, [None] * len(encoded.mean) if encoded.logvar is None else encoded.logvar, strict=True)
-    count, first, second = sums(_finite(encoded.names, each))
+    first, second = sample_sums(encoded.mean, encoded.logvar)
+    finite = (first.isfinite() & second.isfinite()).all(1).tolist()
+    if not all(finite):
+        name, dtype = encoded.names[finite.index(False)], encoded.mean.dtype
+        raise InputError(f"the latents of {name!r} are not finite in {dtype}; another --dtype may do")
     samples = [
         Sample(name, index, label, list(size))
         for name, index, label, size in zip(encoded.names, encoded.indices, encoded.labels, encoded.sizes, strict=True)
     ]
     files = store.write(_checked(format.shard(shard, encoded)))
-    store.write_shard(Record(shard, files, samples, list(unreadable), count, first, second))
+    count = encoded.mean[:, 0].numel()
+    record = Record(shard, files, samples, list(unreadable), count, exact_sums(first), exact_sums(second))
+    store.write_shard(record)
 
 
 def build(
@@ -349,12 +371,3 @@ def _checked(files: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
     for path, content in files:
         check_path(path, OWN)
         yield path, content
-
-
-def _finite(
-    names: Sequence[str], moments: Iterable[tuple[Tensor, Tensor | None]]
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for name, (mean, logvar) in zip(names, moments, strict=True):
-        if not (mean.isfinite().all() and (logvar is None or logvar.isfinite().all())):
-            raise InputError(f"the latents of {name!r} are not finite in {mean.dtype}; another --dtype may do")
-        yield mean, logvar

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from glob import glob
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vitok.data.names import Names
 from vitok.data.shards import ShardPictures
 from vitok.errors import InputError
 from vitok.io.files import KIND_BY_EXTENSION
@@ -97,7 +99,7 @@ def open_listing(data: str | os.PathLike[str], frames: int) -> Listing:
             raise InputError(f"data set {data} does not exist")
         root, found = Path(os.path.commonpath([os.path.dirname(match) for match in matches])), {}
         for match in matches:
-            found.setdefault(_kind(match), []).append(os.path.relpath(match, root).replace(os.sep, "/"))
+            found.setdefault(_kind(match), Names()).append(os.path.relpath(match, root).replace(os.sep, "/"))
     kinds = {"image": "pictures", "clip": "videos", "tar": "tar shards"}
     there = [kind for kind in kinds if found.get(kind)]
     if len(there) != 1:
@@ -113,9 +115,9 @@ def open_listing(data: str | os.PathLike[str], frames: int) -> Listing:
     return Listing(names, labels, classes, True, Videos(root, names, frames), problems)
 
 
-def _walk(root: Path) -> tuple[dict[str, list[str]], list[str]]:
+def _walk(root: Path) -> tuple[dict[str, Names], list[str]]:
     """Names below `root` by kind, sorted, and what could not be looked into."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, Names] = {}
     problems: list[str] = []
 
     def failed(error: OSError) -> None:
@@ -128,7 +130,7 @@ def _walk(root: Path) -> tuple[dict[str, list[str]], list[str]]:
         for name in sorted(files):
             kind = None if name.startswith(".") else _kind(name)
             if kind is not None:
-                found.setdefault(kind, []).append(inside + name)
+                found.setdefault(kind, Names()).append(inside + name)
     return found, problems
 
 
@@ -137,29 +139,34 @@ def _kind(name: str) -> str:
     return "tar" if suffix == ".tar" else KIND_BY_EXTENSION.get(suffix, "")
 
 
-def _folders(names: Sequence[str]) -> tuple[list[int], list[str]]:
+def _unlabelled(count: int) -> Sequence[int]:
+    return array("q", [-1]) * count
+
+
+def _folders(names: Sequence[str]) -> tuple[Sequence[int], list[str]]:
     """Labels and classes by first folder, where all names have one."""
-    firsts = [name.split("/", 1)[0] if "/" in name else "" for name in names]
-    if "" in firsts:
-        return [-1] * len(names), []
-    return _numbered(firsts)
+    if not all("/" in name for name in names):
+        return _unlabelled(len(names)), []
+    known = sorted({name.split("/", 1)[0] for name in names})
+    return _numbered((name.split("/", 1)[0] for name in names), known), known
 
 
-def _numbered(classes: Sequence[str | None]) -> tuple[list[int], list[str]]:
-    known = sorted({name for name in classes if name is not None})
+def _numbered(classes: Iterable[str | None], known: Sequence[str]) -> Sequence[int]:
+    """The numbers of classes among those `known`, -1 of None."""
     numbers: dict[str | None, int] = {name: number for number, name in enumerate(known)}
-    return [numbers.get(name, -1) for name in classes], known
+    return array("q", (numbers.get(name, -1) for name in classes))
 
 
-def _labelled(found: Sequence[str | int | None]) -> tuple[list[int], list[str]]:
+def _labelled(found: Sequence[str | int | None]) -> tuple[Sequence[int], list[str]]:
     """Labels and classes of what a data set says of its samples: numbers as they are, else names sorted."""
     if any(isinstance(each, str) for each in found):
-        return _numbered([None if each is None else str(each) for each in found])
-    labels = [-1 if each is None else int(each) for each in found]
-    for label in labels:
-        if not -1 <= label < MOST_CLASSES:
+        texts = [None if each is None else str(each) for each in found]
+        known = sorted({each for each in texts if each is not None})
+        return _numbered(texts, known), known
+    for label in found:
+        if label is not None and not -1 <= int(label) < MOST_CLASSES:
             raise InputError(f"a class must be a number from 0 to {MOST_CLASSES - 1}, got {label}")
-    return labels, []
+    return array("q", (-1 if each is None else int(each) for each in found)), []
 
 
 @dataclass(frozen=True)
@@ -287,8 +294,8 @@ def _rows(data: str, rows: Any) -> Listing:
         raise InputError(f"data set {data} has no column of pictures; it has {', '.join(rows.features)}")
     if len(rows) == 0:
         raise InputError(f"data set {data} has no rows")
-    names = [f"{number:08d}" for number in range(len(rows))]
-    labels, classes = [-1] * len(rows), list[str]()
+    names = Names(f"{number:08d}" for number in range(len(rows)))
+    labels, classes = _unlabelled(len(rows)), list[str]()
     if "label" in rows.features:
         found = [None if label in (None, -1) else label for label in rows["label"]]
         if not all(label is None or (isinstance(label, (int, str)) and label is not True) for label in found):

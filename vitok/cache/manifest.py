@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import vitok
 from vitok.cache.listing import Listing
@@ -23,6 +24,7 @@ from vitok.model import ViTok
 
 FORMAT, VERSION = "vitok-cache", 1
 MANIFEST, SUMMARY, RECORDS = "manifest.json", "summary.json", "manifest"
+ONE_THREAD = 32768  # elements that torch does not share out among threads, which encoding needs meanwhile
 
 
 @dataclass(frozen=True)
@@ -221,20 +223,24 @@ class CacheSummary:
             raise ValueError(f"not the summary of a cache: {error}") from None
 
 
-def sums(moments: Iterable[tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[int, list[float], list[float]]:
-    """`count`, `sum` and `sum_squares` of a `Record` from the mean and log-variance [c, ...] of each sample.
+def sample_sums(mean: Tensor, logvar: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of samples [N, c, ...] the sums over each channel's elements of their expectation and of that of their square,
+    float64 [N, c]; not finite where an element is not."""
+    step = max(1, ONE_THREAD // mean[0].numel())
+    firsts, seconds = [], []
+    for begin in range(0, len(mean), step):
+        m = mean[begin : begin + step].double().flatten(2)
+        square = m * m
+        if logvar is not None:
+            square += torch.exp(logvar[begin : begin + step].double()).flatten(2)
+        firsts.append(m.sum(2))
+        seconds.append(square.sum(2))
+    return torch.cat(firsts), torch.cat(seconds)
 
-    Added up exactly over the samples, so that neither shards nor threads show.
-    """
-    count, firsts, seconds = 0, list[list[float]](), list[list[float]]()
-    for mean, logvar in moments:
-        m = mean.double().flatten(1).numpy()
-        square = m * m if logvar is None else m * m + torch.exp(logvar.double()).flatten(1).numpy()
-        count += m.shape[1]
-        firsts.append(m.sum(1).tolist())
-        seconds.append(square.sum(1).tolist())
-    first, second = ([math.fsum(channel) for channel in zip(*parts, strict=True)] for parts in (firsts, seconds))
-    return count, first, second
+
+def exact_sums(parts: Tensor) -> list[float]:
+    """Over the samples of [N, c], rounded once, so that their order does not show."""
+    return [math.fsum(channel) for channel in parts.T.tolist()]
 
 
 def to_bytes(value: Any) -> bytes:

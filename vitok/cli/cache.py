@@ -58,12 +58,12 @@ def fill(
     from vitok.cache.manifest import Options
     from vitok.cache.store import Store
     from vitok.checkpoint import load
-    from vitok.parallel import FailedElsewhere, Ranks, joined
+    from vitok.parallel import FailedElsewhere, Ranks, joined, own_cores
 
     if len(inputs) != 1:
         raise InputError(f"--format makes a cache of one data set, got {len(inputs)}")
     data, engine = str(inputs[0]), given.pop("engine", None)
-    workers = given.pop("workers", MOST_WORKERS if engine else _workers())
+    workers = given.pop("workers", MOST_WORKERS if engine else min(MOST_WORKERS, own_cores()))
     _check_apart(data, out)
     encode = _ray(workers) if engine == "ray" else None
     with joined(open_device(device)) as own:
@@ -114,12 +114,6 @@ def _tell_unreadable(store: Store, display: Display) -> None:
         display.say(f"error: {reason}")
     if len(reasons) > MOST_TOLD:
         display.say(f"error: and {len(reasons) - MOST_TOLD} more, told in {store.root / 'manifest'}")
-
-
-def _workers() -> int:
-    """One process a core, shared out among the ranks of a machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _check_apart(data: str, out: Path) -> None:

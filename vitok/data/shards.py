@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import tarfile
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
+from vitok.data.names import Names
 from vitok.errors import InputError
 from vitok.io.images import decode_image
 
@@ -27,6 +29,22 @@ class Member(NamedTuple):
     size: int
 
 
+NOWHERE = Member(-1, 0, 0)
+
+
+class Members:
+    """Very many members in little memory."""
+
+    def __init__(self) -> None:
+        self._numbers = array("q")
+
+    def append(self, member: Member) -> None:
+        self._numbers.extend(member)
+
+    def __getitem__(self, index: int) -> Member:
+        return Member(*self._numbers[3 * index : 3 * index + 3])
+
+
 class ShardPictures:
     """Picture members of plain tar files below `root`, as a `vitok.data.sources.Source`.
 
@@ -39,18 +57,17 @@ class ShardPictures:
 
     def __init__(self, root: Path, paths: Sequence[Path]) -> None:
         self.paths = paths
-        self.names: list[str] = []
+        self.names = Names()
         self.skipped: list[str] = []
-        self._members: list[Member] = []
-        self._keys: list[str] = []
-        self._beside: dict[tuple[int, str, str], Member] = {}
+        self._pictures, self._labels = Members(), {suffix: Members() for suffix in LABELS}
         for number, path in enumerate(paths):
             self._index(number, path, path.relative_to(root).as_posix())
-        if not self._members:
+        if not self.names:
             reason = self.skipped[0] if self.skipped else f"no member ends in {', '.join(SUFFIXES)}"
             raise InputError(f"the tar shards of {root} hold no pictures: {reason}")
 
     def _index(self, number: int, path: Path, shown: str) -> None:
+        keys, beside = list[str](), dict[tuple[str, str], Member]()
         try:
             length, end = path.stat().st_size, 0
             with tarfile.open(path, "r:") as shard:
@@ -64,12 +81,12 @@ class ShardPictures:
                     plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
                     key, suffix = _key_and_suffix(member.name)
                     if plain and suffix in LABELS:
-                        self._beside[number, key, suffix] = Member(number, start, member.size)
+                        beside[key, suffix] = Member(number, start, member.size)
                     if plain and member.name.lower().endswith(SUFFIXES):
-                        self._keys.append(key)
+                        keys.append(key)
                         name = "".join(c if c.isprintable() else "?" for c in member.name)
                         self.names.append(f"{shown}/{name}")
-                        self._members.append(Member(number, start, member.size))
+                        self._pictures.append(Member(number, start, member.size))
             with open(path, "rb") as file:  # tarfile takes the end of the file for the end of the archive
                 file.seek(end + -end % tarfile.BLOCKSIZE)
                 if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
@@ -77,13 +94,16 @@ class ShardPictures:
         except Exception as error:  # tarfile raises almost anything on damaged headers, RecursionError included
             reason = " ".join(str(error).split()) or type(error).__name__
             self.skipped.append(f"tar shard {path} cannot be read to its end: {reason}")
+        for suffix, labels in self._labels.items():
+            for key in keys:
+                labels.append(beside.get((key, suffix), NOWHERE))
 
     def pick(self, index: int, place: float) -> range:
         return range(1)
 
     def read(self, index: int, frames: range) -> Iterator[Tensor]:
         name = self.names[index]
-        data = self._bytes(self._members[index])
+        data = self._bytes(self._pictures[index])
         if not data:
             raise InputError(f"{name} is empty (0 bytes)")
         yield decode_image(data, name).pixels
@@ -93,9 +113,9 @@ class ShardPictures:
 
         InputError where it is not a number or a line of text.
         """
-        for suffix in LABELS:
-            member = self._beside.get((self._members[index].shard, self._keys[index], suffix))
-            if member is None:
+        for suffix, labels in self._labels.items():
+            member = labels[index]
+            if member == NOWHERE:
                 continue
             data = self._bytes(member) if member.size <= LONGEST_LABEL else b""
             try:

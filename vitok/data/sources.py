@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Protocol
@@ -22,10 +22,13 @@ class Source(Protocol):
 
     kind: str
     """"pictures" or "clips"."""
-    names: list[str]
-    """Of the samples: path below the source, with / between folders."""
     skipped: list[str]
     """A sentence for each thing left out when the source was opened."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the samples: path below the source, with / between folders."""
+        ...
 
     def pick(self, index: int, place: float) -> range:
         """The frames of sample `index` at `place` in [0, 1); range(1) of a picture. InputError where there are none."""

@@ -8,55 +8,66 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from multiprocessing.synchronize import Semaphore
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vitok.errors import InputError
 
 T = TypeVar("T")
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+AHEAD = 2  # items that a process is given before they are asked for
 SECONDS = 5.0  # that a killed process may take to end
 
 
 def stream(
-    dataset: Dataset[T], items: Sequence[Any], workers: int, *, pinned: bool = False
+    dataset: Dataset[T], items: Iterable[Any], workers: int, *, pinned: bool = False, turns: bool = False
 ) -> Generator[T, None, None]:
     """`dataset[item]` for each of `items`, prepared by that many processes, or by this one for 0.
 
-    `pinned` puts tensors into page-locked memory. An InputError is raised here as it was raised there.
+    `pinned` puts tensors into page-locked memory. With `turns` each process prepares one item and rests until those of
+    all have been taken: for who works on them by all the cores, where threads would wait for one whose core is taken.
+    An InputError is raised here as it was raised there.
     """
+    resting = [multiprocessing.Semaphore(1) for _ in range(workers)] if turns else []
     # Linux reports the end of the thread that started a worker, which for other threads is not that of the process.
     bound = threading.current_thread() is threading.main_thread() and multiprocessing.get_start_method() != "forkserver"
     loader = DataLoader(
-        _Answers(dataset), batch_size=None, sampler=items, num_workers=workers, collate_fn=_as_it_is,
+        _Answers(dataset, resting), batch_size=None, sampler=items, num_workers=workers, collate_fn=_as_it_is,
         worker_init_fn=partial(_begin, os.getpid() if bound else None), pin_memory=pinned,
+        prefetch_factor=AHEAD if workers else None,
     )  # fmt: skip
     answers = iter(loader)
-    end = partial(_end, answers)
+    end = partial(_end, answers, resting)
     # Workers ignore being asked to end, so they are told to, before the interpreter waits for them at its exit.
     atexit.register(end)
     try:
-        for answer in answers:
+        for number, answer in enumerate(answers, 1):
             if isinstance(answer, InputError):
                 raise answer
             yield answer
+            if resting and number % workers == 0:
+                for turn in resting:
+                    turn.release()
     finally:
         end()
         atexit.unregister(end)
 
 
 class _Answers(Dataset[Any]):
-    """Hands errors on as values: raised in a worker they would arrive wrapped into a traceback."""
+    """Hands errors on as values: raised in a worker they would arrive wrapped into a traceback. Waits for its turn."""
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset[Any], resting: Sequence[Semaphore]) -> None:
+        self.dataset, self.resting = dataset, resting
 
     def __getitem__(self, item: Any) -> Any:
+        if self.resting and (worker := get_worker_info()):
+            self.resting[worker.id].acquire()
         try:
             return self.dataset[item]
         except InputError as error:
@@ -83,9 +94,12 @@ def _begin(owner: int | None, worker: int) -> None:
             os._exit(1)
 
 
-def _end(answers: Any) -> None:
+def _end(answers: Any, resting: Sequence[Semaphore]) -> None:
     """End the workers: torch asks each to and waits for some seconds, and those that are stuck are killed."""
     workers = list(getattr(answers, "_workers", ()))
+    for turn in resting:
+        for _ in range(AHEAD):
+            turn.release()
     try:
         getattr(answers, "_shutdown_workers", lambda: None)()
     finally:  # not before, as torch raises an error when a worker is killed that it has not yet given up

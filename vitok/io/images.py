@@ -116,15 +116,16 @@ def _to_rgb(image: Image.Image, path: Path | str) -> ReadImage:
         names = {"1": "bilevel", "L": "grey", "P": "palette", "CMYK": "CMYK"}
         if image.mode != "RGB":
             notes.append(names.get(image.mode, image.mode))
-        upright = image.convert("RGB")
+        upright = image if image.mode == "RGB" else image.convert("RGB")
     turn = _UPRIGHT.get(_orientation(image) or 1)
     if turn is not None:
         notes.append("turned upright by its EXIF orientation")
         upright = upright.transpose(turn)
+    pixels = np.array(upright)  # before frames are counted, which may leave another one in `image`
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         notes.append(f"first of {frames} frames")
-    return ReadImage(torch.from_numpy(np.array(upright)), ", ".join(notes))
+    return ReadImage(torch.from_numpy(pixels), ", ".join(notes))
 
 
 def _from_16_bit(image: Image.Image, path: Path | str) -> Image.Image:
@@ -209,6 +210,8 @@ def _resize_and_crop(frame: np.ndarray, size: int) -> np.ndarray:
     short = min(height, width)
     scaled_height, scaled_width = round(height * size / short), round(width * size / short)
     top, left = (scaled_height - size) // 2, (scaled_width - size) // 2
+    if (scaled_height, scaled_width) == (height, width):
+        return frame[top : top + size, left : left + size].copy()
     if scaled_height * scaled_width <= min(LONGEST_EXACT * size * size, MAX_PIXELS):
         image = Image.fromarray(frame).resize((scaled_width, scaled_height), Image.Resampling.BICUBIC)
         return np.array(image.crop((left, top, left + size, top + size)))
