@@ -265,15 +265,15 @@ def test_packed(vitok, tmp_path, monkeypatch):
 def test_cache(vitok, tmp_path, monkeypatch):
     monkeypatch.setattr(ViTok, "for_inference", FAST)
     monkeypatch.setattr(cache_samples, "SAMPLES", 80)
-    command = ("bench", "cache", PICTURES, "--size", "32", "--batch", "2,3", "--pictures", "5", "--workers", "0")
+    command = ("bench", "cache", PICTURES, "--size", "32", "--batch", "2,3", "--pictures", "5", "--workers", "1")
     result = vitok(*command, *QUICK, "--out", tmp_path)
     assert result.code == 0, result.err
     found = rows(tmp_path, "cache")
     assert list(found[0]) == list(caching.COLUMNS)
-    timed, many = found[:4], found[4:]
-    assert [(row["batch"], row["provider"]) for row in timed] == list(
-        itertools.product("23", (caching.ENCODE, caching.CACHE))
-    )
+    timed, many = found[:6], found[6:]
+    assert [(row["batch"], row["provider"], row["workers"]) for row in timed] == [
+        (batch, *provider) for batch in "23" for provider in zip(caching.PROVIDERS, ("", "1", "0"), strict=True)
+    ]
     for row in timed:
         assert float(row["images_per_s"]) == pytest.approx(1e3 / float(row["ms_p50"]), rel=1e-2)
         assert (row["percent_of_encode"] == "100") == (row["provider"] == caching.ENCODE)

@@ -26,14 +26,14 @@ COLUMNS = (
     *KEY, "provider", "workers", "pictures", "ms_p20", "ms_p50", "ms_p95", "samples", "images_per_s",
     "percent_of_encode", "seconds", "peak_mb", "refused", *FACTS,
 )  # fmt: skip
-ENCODE, CACHE = "encode alone", "cache"
+ENCODE, CACHE, ONE = PROVIDERS = ("encode alone", "cache", "cache, one process")
 SHARDS = 4  # that the pictures make
 QUALITY = 90  # of the JPEG files
 
 
 class Caching:
     """The rows of a model: `pictures` JPEG files of `size` pixels a side into a safetensors cache, decoded by `workers`
-    processes, beside the loop that encodes the same pixels batch by batch from memory.
+    processes and by none besides this one, beside the loop that encodes the same pixels batch by batch from memory.
 
     A run of the cache begins with starting the workers and ends when all is on the disk. Making the model fast, which
     is done once however many pictures there are, is in neither. Milliseconds are those of a picture.
@@ -56,18 +56,17 @@ class Caching:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_pictures(folder / "pictures", self.size, self.pictures, self.photos)
-            calls = {
-                ENCODE: [self._encode_alone(encoder, folder / "pictures")],
-                CACHE: [self._fill(encoder, folder, options)],
-            }
+            processes = {CACHE: self.workers, ONE: 0}
+            fills = {provider: [self._fill(encoder, folder, options, n)] for provider, n in processes.items()}
+            calls = {ENCODE: [self._encode_alone(encoder, folder / "pictures")], **fills}
             timings, failed = compare(calls, self.device, 2 * self.seconds, graph=False)
         added: list[dict[str, object]] = []
         for provider, timing in timings.items():
             times = {f"ms_{part}": getattr(timing, part) / self.pictures for part in ("p20", "p50", "p95")}
             row = {**self.key, "provider": provider, "pictures": self.pictures, **times, "samples": timing.samples}
             row["images_per_s"] = 1e3 * self.pictures / timing.p50
-            if provider == CACHE:
-                row["workers"] = self.workers
+            if provider in processes:
+                row["workers"] = processes[provider]
             if ENCODE in timings:
                 row["percent_of_encode"] = 100 * timings[ENCODE].p50 / timing.p50
             added.append(row)
@@ -86,13 +85,13 @@ class Caching:
 
         return run
 
-    def _fill(self, encoder: Encoder, folder: Path, options: Options) -> Callable[[], object]:
+    def _fill(self, encoder: Encoder, folder: Path, options: Options, workers: int) -> Callable[[], object]:
         listing = open_listing(folder / "pictures", 1)
 
         def run() -> None:
             with tempfile.TemporaryDirectory(dir=folder) as out:
                 shards = Shards(listing, options, Store(out))
-                shards.encode(encoder, range(-(-len(listing) // options.shard)), self.workers)
+                shards.encode(encoder, range(-(-len(listing) // options.shard)), workers)
 
         return run
 

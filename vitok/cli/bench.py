@@ -304,7 +304,7 @@ def ops(part: str, **options: Any) -> None:
 @click.argument("name", default="S-B/16")
 @click.option("--size", type=click.IntRange(1), default=256, show_default=True, help="Side of the pictures, pixels.")
 @listed("--batch", "8", "Pictures encoded at once.", tuple, _positive)
-@click.option("--pictures", type=click.IntRange(1), default=256, show_default=True, help="In a run.")
+@click.option("--pictures", type=click.IntRange(1), default=512, show_default=True, help="In a run.")
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that decode.")
 @run_options(20.0)
 def cache(name: str, size: int, batch: tuple[int, ...], pictures: int, workers: int, **options: Any) -> None:
@@ -317,7 +317,7 @@ def cache(name: str, size: int, batch: tuple[int, ...], pictures: int, workers: 
         caching.Caching(name, size, each, pictures, workers, device, dtype, options["seconds"], _photos())
         for each in batch
     ]
-    jobs = [Job(suite.key, (caching.ENCODE, caching.CACHE), suite.measure) for suite in suites]
+    jobs = [Job(suite.key, caching.PROVIDERS, suite.measure) for suite in suites]
     many = partial(cache_samples.measure, workers=workers)
     jobs.append(Job(cache_samples.KEY, cache_samples.PROVIDERS, many))
     _run("cache", caching.COLUMNS, caching.KEY, jobs, device, options)
