@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -126,7 +127,10 @@ def replicated(module: nn.Module) -> nn.Module:
     # Buffers are made alike by those who write them, and gradients live in DDP's buckets instead of being copied there.
     if Ranks.current().count == 1:
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    names = inspect.signature(DistributedDataParallel.__init__).parameters
+    options: dict[str, Any] = {"gradient_as_bucket_view": True}
+    options["forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"] = False  # by torch 2.13
+    return DistributedDataParallel(module, **options)
 
 
 def sharded(module: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:

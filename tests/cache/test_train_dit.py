@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from vitok.io import read_image
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_dit.py"
 SMALL = ["--width", "32", "--depth", "2", "--heads", "2", "--batch", "8", "--sampling-steps", "3", "--samples", "2"]
+ACCELERATE = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # which it would have to ask for
 
 
 @pytest.fixture
@@ -84,12 +87,18 @@ def test_latents_that_do_not_fit_are_refused(cache, tiny, tmp_path, train_dit, o
 
 
 @pytest.mark.long
-def test_two_ranks(cache, tiny, tmp_path, train_dit, torchrun):
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_ranks(cache, tiny, tmp_path, train_dit, torchrun, processes, launcher):
     root, _ = cache(3, 2, shape=(4, 2, 2), model=tiny())
     out = tmp_path / "out"
-    ended = torchrun(str(SCRIPT), str(root), "--out", str(out), "--steps", "2", "--device", "cpu", *SMALL)
+    script = [str(SCRIPT), str(root), "--out", str(out), "--steps", "2", "--device", "cpu", *SMALL]
+    if launcher == "torchrun":
+        ended = torchrun(*script)
+    else:
+        ended = processes.run([sys.executable, "-m", "accelerate.commands.launch", *ACCELERATE, *script])
     assert ended.returncode == 0, ended.stderr
     assert (out / "samples.png").exists() and ended.stdout.count("step 2/2") == 1
+    assert "deprecated" not in ended.stderr
 
 
 @pytest.mark.long

@@ -258,6 +258,18 @@ def test_compiles_in_one_graph_without_recompiling(make, kind, batch):
 
 
 @pytest.mark.parametrize("kind", MOSTLY_LONG, indirect=True)
+def test_one_compiled_graph_is_for_all_sizes(make, kind):
+    vae = make(kind)
+    torch.compiler.reset()
+    any_shape = torch.fx.experimental._config.patch(use_duck_shape=False)  # else squares have a graph of their own
+    with any_shape, torch._dynamo.config.patch(error_on_recompile=True):
+        whole = torch.compile(vae, fullgraph=True, dynamic=True, backend="aot_eager")
+        for size in ((32, 32), (24, 40), (21, 30), (48, 64)):
+            x = sample(kind, 2, *size)
+            torch.testing.assert_close(run(whole, x), run(vae, x), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", MOSTLY_LONG, indirect=True)
 def test_compile_reaches_encode_and_decode(make, kind, batch):
     vae, graphs = make(kind), []
     expected = run(vae, batch)

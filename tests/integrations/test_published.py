@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -230,3 +231,45 @@ def test_the_page_runs(v2_files, monkeypatch):
     names: dict[str, object] = {}
     exec(code, names)
     assert names["latents"].shape == (1, 6, 16, 16)
+
+
+# Loads the two halves from their shards, and says how many bytes the model has and how many more were held that are
+# not pages of the files.
+HELD = """
+import sys, threading, time
+import torch
+from vitok.integrations import load_vitok_v2
+
+def held():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+def watch():
+    while True:
+        peaks.append(held())
+        time.sleep(0.001)
+
+peaks = []
+before = held()
+threading.Thread(target=watch, daemon=True).start()
+model = load_vitok_v2(*sys.argv[1:], dtype=torch.bfloat16)
+print(sum(p.nbytes for p in model.parameters()), max(peaks) - before)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="asked of Linux")
+def test_shards_are_not_held_twice(processes, tmp_path):
+    indices = []
+    config = vitok.ViTokConfig.from_name("w1024_d3_h16-w1024_d3_h16/1x16x16", preset="v2")
+    for part, shapes in module.v2_shapes(config).items():
+        shards = [list(shapes)[n::4] for n in range(4)]
+        for n, keys in enumerate(shards):
+            save_file({key: torch.rand(shapes[key]) for key in keys}, tmp_path / f"{part}-{n}.safetensors")
+        where = {key: f"{part}-{n}.safetensors" for n, keys in enumerate(shards) for key in keys}
+        indices.append(tmp_path / f"{part}.safetensors.index.json")
+        indices[-1].write_text(json.dumps({"weight_map": where}))
+    result = processes.run([sys.executable, "-c", HELD, *indices], limit=120)
+    assert result.returncode == 0, result.stderr
+    model, held = map(int, result.stdout.split())
+    assert model > 140e6 and held < 1.4 * model
