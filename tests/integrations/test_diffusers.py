@@ -223,6 +223,18 @@ def test_tiling_and_slicing_change_nothing(make, kind, monkeypatch):
         vae(x).sample.mean().backward()  # which keeps everything whole
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_tiles_of_the_usual_size_give_the_same_bits(dtype):
+    vae = AutoencoderViTok.from_vitok(vitok.load("demo", dtype=dtype))
+    x = sample("pictures", 2, 512, 640).to(dtype)
+    latents = vae.encode(x).latent_dist.mean
+    pixels = vae.decode(latents).sample
+    vae.enable_tiling()
+    assert TILE < 2 * 32 * 40  # tokens
+    assert torch.equal(vae.encode(x).latent_dist.mean, latents) and torch.equal(vae.decode(latents).sample, pixels)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(make, kind, batch):
     vae, calls = make(kind).train(), []
     gradients = []

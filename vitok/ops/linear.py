@@ -86,6 +86,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The linear of x, weight and bias widened to `dtype`, in `dtype`."""
+    x = x.contiguous()  # else the library adds the bias by itself, to sums that are rounded already
     if dtype == x.dtype == weight.dtype:
         return F.linear(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
