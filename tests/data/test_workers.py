@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
 import time
 
 import pytest
-from torch.utils.data import Dataset
-
-from vitok.data.workers import AHEAD, stream
 
 LIMIT = 120.0  # seconds
 # Both workers say who they are, and are stuck in their second item.
@@ -35,19 +31,53 @@ if __name__ == "__main__":
         time.sleep(3600)
 """
 
+# Items leave a file when they are begun. In a process of its own, as workers are forked from it.
+BEGUN = """
+import multiprocessing, sys, time
+from pathlib import Path
+from torch.utils.data import Dataset
+from vitok.data.workers import AHEAD, stream
 
 class Begun(Dataset):
-    """Items that leave a file when they are begun."""
-
-    def __init__(self, folder):
-        self.folder = folder
+    def ahead(self, item):
+        Path(f"{item} ahead").touch()
 
     def __getitem__(self, item):
-        (self.folder / str(item)).touch()
+        Path(f"{item} begun").touch()
         return item
 
-    def seen(self):
-        return sorted(int(path.name) for path in self.folder.iterdir())
+def wait_for(kind, last):
+    while seen(kind) != list(range(last + 1)):
+        time.sleep(0.01)
+
+def seen(kind):
+    return sorted(int(path.name.split()[0]) for path in Path().glob(f"* {kind}"))
+
+def ahead():
+    answers = stream(Begun(), range(10), 2)
+    assert next(answers) == 0
+    wait_for("begun", 2 * AHEAD)
+    assert list(answers) == list(range(1, 10)) and not seen("ahead")
+
+def turns():
+    answers = stream(Begun(), range(9), 2, turns=True)
+    for taken in range(0, 8, 2):
+        assert next(answers) == taken and next(answers) == taken + 1
+        wait_for("ahead", min(taken + 3, 8))
+        time.sleep(0.2)  # in which they would begin the next
+        assert seen("begun") == list(range(taken + 2))
+    assert list(answers) == [8]
+
+def closed():
+    answers = stream(Begun(), range(9), 2, turns=True)
+    assert next(answers) == 0
+    workers = multiprocessing.active_children()
+    answers.close()
+    assert [each.exitcode for each in workers] == [0, 0]  # and were not killed
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
+"""
 
 
 @pytest.fixture
@@ -85,35 +115,9 @@ def test_workers_end_at_once_with_an_owner_that_is_killed(processes, program):
             time.sleep(0.01)
 
 
-def wait_for(condition):
-    end = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def test_workers_run_ahead(tmp_path):
-    items = Begun(tmp_path)
-    answers = stream(items, range(10), 2)
-    assert next(answers) == 0
-    wait_for(lambda: items.seen() == list(range(2 * AHEAD + 1)))
-    assert list(answers) == list(range(1, 10))
-
-
-def test_workers_that_take_turns_rest_until_all_items_are_taken(tmp_path):
-    items = Begun(tmp_path)
-    answers = stream(items, range(9), 2, turns=True)
-    for taken in range(0, 8, 2):
-        assert next(answers) == taken and next(answers) == taken + 1
-        time.sleep(0.2)  # in which they would begin the next
-        assert items.seen() == list(range(taken + 2))
-    assert list(answers) == [8]
-
-
-def test_workers_that_rest_end_when_they_are_asked_to(tmp_path):
-    before = multiprocessing.active_children()
-    answers = stream(Begun(tmp_path), range(9), 2, turns=True)
-    assert next(answers) == 0
-    workers = [each for each in multiprocessing.active_children() if each not in before]
-    answers.close()
-    assert len(workers) == 2 and [each.exitcode for each in workers] == [0, 0]  # and were not killed
+@pytest.mark.parametrize("how", ["ahead", "turns", "closed"])
+def test_workers_run_ahead_or_take_turns(processes, tmp_path, how):
+    """Ahead of who asks, or resting until all items have been taken; those that rest end when they are asked to."""
+    (tmp_path / "begun.py").write_text(BEGUN)
+    result = processes.run([sys.executable, "begun.py", how], limit=LIMIT, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr

@@ -8,7 +8,7 @@ import pytest
 
 from vitok.errors import InputError
 from vitok.io import atomic_path, find_inputs, output_stems
-from vitok.io.files import check_readable
+from vitok.io.files import check_readable, fetch_ahead
 
 
 def touch(path, content=b"x"):
@@ -168,3 +168,12 @@ def test_output_stems(tmp_path):
     )
     assert len({stem.casefold() for stem in same}) == 4
     assert output_stems([]) == []
+
+
+def test_fetching_ahead_says_nothing_of_what_cannot_be_read(tmp_path):
+    (tmp_path / "there").write_bytes(b"x" * 10_000)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("there", "pipe", "missing", "."):
+        fetch_ahead(tmp_path / name)
+        fetch_ahead(tmp_path / name, 4_096, 100)
+    fetch_ahead("a\udcff")

@@ -94,6 +94,10 @@ class Batches(Dataset[Decoded]):
     def __init__(self, listing: Listing, size: int) -> None:
         self.listing, self.size = listing, size
 
+    def ahead(self, item: tuple[int, range]) -> None:
+        for index in item[1]:
+            self.listing.read.ahead(index)
+
     def __getitem__(self, item: tuple[int, range]) -> Decoded:
         shard, numbers = item
         indices, sizes, pixels, unreadable = list[int](), list[tuple[int, ...]](), list[Tensor](), []

@@ -21,13 +21,14 @@ from torch import Tensor
 from vitok.data.names import Names
 from vitok.data.shards import ShardPictures
 from vitok.errors import InputError
-from vitok.io.files import KIND_BY_EXTENSION
+from vitok.io.files import KIND_BY_EXTENSION, fetch_ahead
 from vitok.io.images import decode_image, read_image, resize_and_crop
 from vitok.io.video import ClipReader, require_pyav
 
 HUB = "hf:"
 MOST_CLASSES = 2**31
 CHUNK = 8  # frames of a video held at their own size
+FIRST_BYTES = 1 << 24  # of a video, in which its first frames mostly lie
 
 
 class Reader(Protocol):
@@ -36,6 +37,10 @@ class Reader(Protocol):
     def __call__(self, index: int, size: int) -> tuple[Tensor, tuple[int, ...]]:
         """Pixels uint8 [size, size, 3] or [T, size, size, 3], short side to `size` and centre crop, and the original's
         (H, W) or (T, H, W). InputError where it cannot be read."""
+        ...
+
+    def ahead(self, index: int) -> None:
+        """Have the system fetch what will be read, where it can, without waiting for it."""
         ...
 
 
@@ -183,6 +188,9 @@ class Files:
         except InputError as error:
             raise InputError(_by_name(error, path, self.names[index])) from None
 
+    def ahead(self, index: int) -> None:
+        fetch_ahead(self.root / self.names[index])
+
 
 @dataclass(frozen=True)
 class Videos:
@@ -205,6 +213,9 @@ class Videos:
             raise InputError(_by_name(error, path, self.names[index])) from None
         raise InputError(f"{self.names[index]} has {count} frames, fewer than {self.frames}")
 
+    def ahead(self, index: int) -> None:
+        fetch_ahead(self.root / self.names[index], length=FIRST_BYTES)
+
 
 @dataclass(frozen=True)
 class Members:
@@ -214,6 +225,9 @@ class Members:
 
     def __call__(self, index: int, size: int) -> tuple[Tensor, tuple[int, ...]]:
         return _cropped(next(self.source.read(index, range(1))), size)
+
+    def ahead(self, index: int) -> None:
+        self.source.ahead(index)
 
 
 @dataclass(frozen=True)
@@ -234,6 +248,9 @@ class Rows:
             except InputError as error:
                 raise InputError(_by_name(error, path, name)) from None
         raise InputError(f"{name} holds no picture")
+
+    def ahead(self, index: int) -> None:
+        """Nothing: the rows are mapped, and the library says nothing of where."""
 
 
 def _shards(root: Path, names: Sequence[str]) -> Listing:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitok.data.names import Names
 from vitok.errors import InputError
+from vitok.io.files import fetch_ahead
 from vitok.io.images import decode_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -107,6 +108,11 @@ class ShardPictures:
         if not data:
             raise InputError(f"{name} is empty (0 bytes)")
         yield decode_image(data, name).pixels
+
+    def ahead(self, index: int) -> None:
+        """Have the system fetch a picture's bytes, without waiting for them."""
+        member = self._pictures[index]
+        fetch_ahead(self.paths[member.shard], member.offset, member.size)
 
     def label(self, index: int) -> str | int | None:
         """The class of a picture, by the member .cls or .json beside it; None where there is none.

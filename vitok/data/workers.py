@@ -32,6 +32,7 @@ def stream(
 
     `pinned` puts tensors into page-locked memory. With `turns` each process prepares one item and rests until those of
     all have been taken: for who works on them by all the cores, where threads would wait for one whose core is taken.
+    Before it rests it calls `dataset.ahead(item)`, if there is such a method, to have slow files fetched meanwhile.
     An InputError is raised here as it was raised there.
     """
     resting = [multiprocessing.Semaphore(1) for _ in range(workers)] if turns else []
@@ -67,6 +68,7 @@ class _Answers(Dataset[Any]):
 
     def __getitem__(self, item: Any) -> Any:
         if self.resting and (worker := get_worker_info()):
+            getattr(self.dataset, "ahead", _as_it_is)(item)
             self.resting[worker.id].acquire()
         try:
             return self.dataset[item]

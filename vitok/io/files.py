@@ -57,6 +57,21 @@ def check_readable(path: str | os.PathLike[str], wanted: str) -> Path:
     return path
 
 
+def fetch_ahead(path: str | os.PathLike[str], offset: int = 0, length: int = 0) -> None:
+    """Ask the system to have `length` bytes of a file (0: all from `offset` on) in memory soon.
+
+    It waits for nothing, and says nothing of a file that cannot be read.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its other end
+        try:
+            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write a file so that its final name only ever stands for a complete file.
