@@ -206,9 +206,10 @@ class Shards:
         """Make and record these shards; InputError when they cannot be written."""
         items = (item for shard in shards for item in self.batches(shard))
         total, begun = sum(len(self.samples(shard)) for shard in shards), time.perf_counter()
-        gpu = encoder.device.type == "cuda"
-        turns = encoder.device.type == "cpu" and torch.get_num_threads() + workers > own_cores()
-        decoded = stream(Batches(self.listing, self.options.size), items, workers, pinned=gpu, turns=turns)
+        device = encoder.device.type
+        turns = device == "cpu" and torch.get_num_threads() + workers > own_cores()
+        pinned = device == "cuda"
+        decoded = stream(Batches(self.listing, self.options.size), items, workers, pinned=pinned, turns=turns)
         waits = Waits(decoded)
         writing: Future[None] | None = None
         with ExitStack() as stack:

@@ -33,8 +33,8 @@ class Member(NamedTuple):
 NOWHERE = Member(-1, 0, 0)
 
 
-class Members:
-    """Very many members in little memory."""
+class Places:
+    """Where very many members lie, in little memory."""
 
     def __init__(self) -> None:
         self._numbers = array("q")
@@ -60,7 +60,7 @@ class ShardPictures:
         self.paths = paths
         self.names = Names()
         self.skipped: list[str] = []
-        self._pictures, self._labels = Members(), {suffix: Members() for suffix in LABELS}
+        self._pictures, self._labels = Places(), {suffix: Places() for suffix in LABELS}
         for number, path in enumerate(paths):
             self._index(number, path, path.relative_to(root).as_posix())
         if not self.names:
